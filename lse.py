@@ -1,0 +1,1 @@
+"""The method: sampling, log-probs, delta reward, advantages, loss, tree."""
