@@ -1,1 +1,504 @@
-"""The method: sampling, log-probs, delta reward, advantages, loss, tree."""
+"""Learning to Self-Evolve, the method: sampling, log-probs, delta reward, advantages, loss, tree.
+
+An *editor* rewrites the instructions that a frozen *solver* works under, and is trained on how much each single edit
+helps (Chen et al., arXiv 2603.18620). This file holds everything that needs a model or an equation. It knows nothing of
+tasks, files or command lines: problems come in as chats, scores as numbers, and it can be copied away alone.
+
+Symbols of the paper, and the words used here
+    π_θ   solver: the frozen model that answers problems         c     instructions (the editable field of the context)
+    f_ψ   editor: the policy that writes new instructions        c_0   instructions before an edit;  c_1: after it
+    S     summary: k graded problems shown to the editor         R̄(c)  score: mean reward of the solver over a holdout
+    G     edits sampled for one start state (a "group")          r     reward of an edit, R̄(c_1) − R̄(c_0)   (eq. 7)
+    T     rounds of evolution; in shapes: tokens of a response   C     weight of exploration in the tree's UCB rule
+    N     start states in a batch; in UCB: selections so far     v     how often a node was selected
+
+Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has its
+baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+Chat = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """One sampled response. `ids` are the very ids that were sampled, first EOS included, without padding."""
+
+    text: str
+    ids: Tensor | None  # (T,) on the CPU; None for a remote model
+    prompt_ids: Tensor | None  # (P,)
+    truncated: bool  # no EOS within max_new_tokens
+
+
+class LocalModel:
+    """A causal language model and its tokenizer. `sample` never changes the weights or the train/eval mode."""
+
+    def __init__(self, model, tokenizer, max_batch_tokens: int = 65536) -> None:
+        """`max_batch_tokens` bounds rows x (longest prompt + max_new_tokens), which is what fills the memory."""
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("The tokenizer has no chat template; set tokenizer.chat_template, or use an instruct model.")
+        self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
+        eos = model.generation_config.eos_token_id
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self.eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
+
+    def render(self, chat: Chat) -> str:
+        """The chat as text, template applied once; a system message goes into the first user's where none is allowed."""
+        options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        try:
+            return self.tokenizer.apply_chat_template(chat, **options)
+        except TemplateError:
+            if len(chat) < 2 or chat[0]["role"] != "system":
+                raise
+            merged = {"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}
+            return self.tokenizer.apply_chat_template([merged, *chat[2:]], **options)
+
+    def encode(self, chat: Chat) -> list[int]:
+        """Token ids of a chat up to where the answer begins.
+
+        Contents come from models and data: a `<|im_start|>` in there must stay text, else instructions could forge a
+        role. So control strings in contents are swapped for stand-ins before the template runs, and back after its own
+        control tokens are cut out.
+        """
+        texts = [message["content"] for message in chat]
+        if not any(self.controls.search(text) for text in texts):
+            return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
+        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in texts))
+        found = sorted({string for text in texts for string in self.controls.findall(text)})
+        stand_in = {string: f"{mark}{i}{mark}" for i, string in enumerate(found)}
+        safe = [m | {"content": self.controls.sub(lambda hit: stand_in[hit[0]], m["content"])} for m in chat]
+        text, ids, start = self.render(safe), [], 0
+        for hit in [*self.controls.finditer(text), None]:
+            piece = text[start : hit.start() if hit else None]
+            piece = re.sub(f"{mark}([0-9]+){mark}", lambda swapped: found[int(swapped[1])], piece)
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"] if piece else []
+            if hit:
+                ids.append(self.tokenizer.convert_tokens_to_ids(hit[0]))
+                start = hit.end()
+        return ids
+
+    def sample(
+        self,
+        chats: Sequence[Chat],
+        n: int = 1,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[list[Sample]]:
+        """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once."""
+        prompts = [tuple(self.encode(chat)) for chat in chats]
+        greedy = temperature == 0
+        # Sorted, so that rows which begin alike are neighbours and share their prefill; ragged ends cost little padding.
+        jobs = sorted(set(prompts)) if greedy else sorted(prompts * n)
+        drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
+        options = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+        pending = self._pack(jobs, max_new_tokens)[::-1]
+        while pending:
+            rows = pending.pop()
+            try:
+                samples = self._generate(rows, max_new_tokens, options)
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                samples = None
+            if samples is None:  # outside of `except`, where the traceback would still hold the batch's tensors
+                torch.cuda.empty_cache()
+                pending += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+                continue
+            for row, sample in zip(rows, samples):
+                drawn[row].append(sample)
+        return [[drawn[prompt][0]] * n if greedy else [drawn[prompt].pop() for _ in range(n)] for prompt in prompts]
+
+    def _pack(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> list[list[tuple[int, ...]]]:
+        """Cut sorted rows into batches of at most `max_batch_tokens` tokens, padding and new tokens included."""
+        batches, longest = [], 0
+        for row in rows:
+            longest = max(longest, len(row))
+            if not batches or (len(batches[-1]) + 1) * (longest + max_new_tokens) > self.max_batch_tokens:
+                batches.append([])
+                longest = len(row)
+            batches[-1].append(row)
+        return batches
+
+    @torch.no_grad()
+    def _generate(self, rows: list[tuple[int, ...]], max_new_tokens: int, options: dict) -> list[Sample]:
+        """One batch. What prompts have in common is prefilled once: first the prefix of all, then each distinct rest."""
+        model, device = self.model, self.model.device
+        distinct = sorted(set(rows))
+        index = {prompt: i for i, prompt in enumerate(distinct)}
+        owner = torch.tensor([index[row] for row in rows], device=device)  # (rows,) -> distinct prompt
+        prefix = len(os.path.commonprefix([distinct[0][:-1], distinct[-1][:-1]]))  # sorted: first and last decide
+        rests = [torch.tensor(prompt[prefix:-1], dtype=torch.long) for prompt in distinct]
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (self.eos + [0])[0]
+        # Layout of a row: prefix, rest, padding, last prompt token. Padding after the rest, so that no query is fully
+        # masked; positions count real tokens only. The last token is left to `generate`, which needs one to start from.
+        rest = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True, padding_value=pad).to(device)  # (distinct, R)
+        lengths = torch.tensor([len(r) for r in rests], device=device)
+        real = torch.arange(rest.shape[1], device=device) < lengths[:, None]
+        common = torch.tensor(distinct[0][:prefix], device=device).expand(len(distinct), prefix)
+        last = torch.tensor([[prompt[-1]] for prompt in distinct], device=device)
+        ids = torch.cat([common, rest, last], 1)
+        mask = torch.cat([torch.ones_like(common), real.long(), torch.ones_like(last)], 1)
+        mode, config = model.training, model.generation_config
+        model.eval()  # no dropout, and no gradient checkpointing: that would silently drop the cache
+        # A checkpoint's own top_k, penalties or length limits must not leak into the sampling: start from a blank config.
+        model.generation_config = GenerationConfig(eos_token_id=self.eos or None, pad_token_id=pad)
+        try:
+            cache = DynamicCache(config=model.config)
+            if prefix:
+                model(common[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache.batch_select_indices(torch.zeros_like(lengths))
+            if rest.shape[1]:
+                positions = prefix + torch.arange(rest.shape[1], device=device).expand_as(rest)
+                model(rest, attention_mask=mask[:, :-1], position_ids=positions, past_key_values=cache, use_cache=True,
+                      logits_to_keep=1)
+            if prefix + rest.shape[1]:
+                cache.batch_select_indices(owner)
+            out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, use_cache=True,
+                                 max_new_tokens=max_new_tokens, repetition_penalty=1.0, **options)
+        finally:
+            model.generation_config = config
+            model.train(mode)
+        out = out[:, ids.shape[1] :].cpu()
+        stop = torch.isin(out, torch.tensor(self.eos))
+        ends = torch.where(stop.any(1), stop.int().argmax(1) + 1, out.shape[1])
+        responses = [row[:end] for row, end in zip(out, ends.tolist())]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [
+            Sample(text, response, torch.tensor(row), not ended)
+            for text, response, row, ended in zip(texts, responses, rows, stop.any(1).tolist())
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Remote models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probs: a prompt shared by G responses is computed once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
+    """Attention over rows [prompt, response 1, ..., response G]: every response sees the prompt and itself, not the others.
+
+    The rows are recognised by their mask, (B, G, T, P + T) for queries of P + G * T tokens; all else is plain sdpa. Two
+    small attentions instead of one (P + G T)² mask: this is what makes long prompts cheap, and it has no cache that
+    gradient checkpointing would drop.
+    """
+    if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    (b, g, t, _), heads, width = attention_mask.shape, key.shape[1], key.shape[3]
+    p = query.shape[2] - g * t
+    prompt, _ = sdpa_attention_forward(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
+
+    def split(x: Tensor) -> Tensor:  # (B, H, G T, d) -> (B G, H, T, d)
+        return x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1)
+
+    def with_prompt(x: Tensor) -> Tensor:  # (B, H, P + G T, d) -> (B G, H, P + T, d)
+        return torch.cat([x[:, None, :, :p].expand(b, g, heads, p, width).flatten(0, 1), split(x)], 2)
+
+    mask = attention_mask.flatten(0, 1)[:, None]  # (B G, 1, T, P + T)
+    out, _ = sdpa_attention_forward(module, split(query), with_prompt(key), with_prompt(value), mask, **kwargs)
+    return torch.cat([prompt, out.reshape(b, g * t, *out.shape[2:])], 1), None
+
+
+AttentionInterface.register("shared_prompt", shared_prompt_attention)
+AttentionMaskInterface.register("shared_prompt", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def group_logprobs(
+    model, groups: Sequence[tuple[Tensor, Sequence[Tensor]]], temperature: float = 1.0
+) -> list[list[Tensor]]:
+    """log p of every response token, differentiable: `logprobs` for several (prompt_ids, responses) in one forward.
+
+    Returns one list per group, one (T,) float32 tensor per response. All groups are padded to the longest prompt, the
+    most responses and the longest response among them; the caller chooses how many fit in memory. The mean of −log p over
+    tokens sampled at this temperature (top_p 1) is an unbiased estimate of the policy's entropy: log that.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; greedy sampling has no log-probs: use one above 0.")
+    core = getattr(model, "module", model)  # under DistributedDataParallel
+    if core.config._attn_implementation != "shared_prompt":
+        core.set_attn_implementation("shared_prompt")
+    b, g = len(groups), max(len(responses) for _, responses in groups)
+    p = max(len(prompt) for prompt, _ in groups) - 1
+    t = max((len(response) for _, responses in groups for response in responses), default=0)
+    if t == 0:
+        return [[torch.zeros(0, device=core.device) for _ in responses] for _, responses in groups]
+    # Row: prompt without its last token, then G blocks [last prompt token, response without its last token], so that
+    # every block holds exactly the tokens whose successors we score, and no prompt logits are ever computed.
+    prompts = torch.zeros(b, p, dtype=torch.long)
+    blocks, targets = torch.zeros(2, b, g, t, dtype=torch.long)
+    lengths = torch.tensor([len(prompt) - 1 for prompt, _ in groups])  # (B,)
+    for i, (prompt, responses) in enumerate(groups):
+        prompts[i, : len(prompt) - 1] = prompt[:-1]
+        for j, response in enumerate(responses):
+            blocks[i, j, : len(response)] = torch.cat([prompt[-1:], response[:-1]])
+            targets[i, j, : len(response)] = response
+    positions = torch.cat([torch.arange(p).expand(b, p), (lengths[:, None, None] + torch.arange(t)).expand(b, g, t).flatten(1)], 1)
+    sees_prompt = (torch.arange(p) < lengths[:, None])[:, None, None].expand(b, g, t, p)
+    mask = torch.cat([sees_prompt, torch.ones(t, t, dtype=torch.bool).tril().expand(b, g, t, t)], 3)  # (B, G, T, P + T)
+    out = model(
+        input_ids=torch.cat([prompts, blocks.flatten(1)], 1).to(core.device),
+        attention_mask=mask.to(core.device),
+        position_ids=positions.to(core.device),
+        use_cache=False,
+        logits_to_keep=g * t,
+    )
+    logits = out.logits.unflatten(1, (g, t))  # (B, G, T, V)
+    result = []
+    for i, (_, responses) in enumerate(groups):
+        targets_i = targets[i].to(core.device)
+        result.append([
+            -F.cross_entropy(logits[i, j, : len(r)].float() / temperature, targets_i[j, : len(r)], reduction="none")
+            for j, r in enumerate(responses)
+        ])
+    return result
+
+
+def logprobs(model, prompt_ids: Tensor, responses: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
+    """log p of every response token under the prompt: one (T,) float32 tensor per response, differentiable.
+
+    `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
+    """
+    return group_logprobs(model, [(prompt_ids, responses)], temperature)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward, advantages, loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+INVALID_REWARD = -1.0  # flat, as in the official code: an edit that cannot be used, not −1 − R̄(c_0)
+
+
+def delta_reward(after: Tensor, before: Tensor, valid: Tensor) -> Tensor:
+    """eq. 7: R̄(c_1) − R̄(c_0); INVALID_REWARD where the edit is not valid. Broadcasts; `after` may be NaN there.
+
+    >>> delta_reward(torch.tensor([0.75, 0.0]), torch.tensor(0.5), torch.tensor([True, False])).tolist()
+    [0.25, -1.0]
+    """
+    return torch.where(valid, after - before, INVALID_REWARD)
+
+
+def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tensor:
+    """Advantage of each edit, (N, G), from scores after (N, G) and before (N,) it.
+
+    >>> after, before = torch.tensor([[1.0, 0.5], [0.5, 0.5]]), torch.tensor([0.5, 0.25])
+    >>> valid = torch.ones(2, 2, dtype=torch.bool)
+    >>> advantages("delta", after, before, valid).tolist()
+    [[0.5, 0.0], [0.25, 0.25]]
+    >>> advantages("grpo", after, before, valid).tolist()  # the second group says nothing
+    [[0.7071067690849304, -0.7071067690849304], [0.0, 0.0]]
+    """
+    before = before[:, None].expand_as(after)
+    delta, score = delta_reward(after, before, valid), torch.where(valid, after, INVALID_REWARD)
+    if kind == "delta":  # the paper: the score before the edit is the baseline (eq. 8-10), nothing is scaled
+        return delta
+    if kind == "score":  # the paper's counter-example: favours start states that were good already
+        return score
+    if kind == "grpo":  # group mean and unbiased std; equal scores (up to rounding) say nothing: exactly zero
+        mean, std = score.mean(1, keepdim=True), score.std(1, keepdim=True)
+        return torch.where(std > 1e-6, (score - mean) / std, 0.0)
+    if kind == "batch":
+        return delta - delta.mean()
+    if kind == "node":
+        return delta - delta.mean(1, keepdim=True)
+    if kind == "line":
+        # Ours. The null edit is a biased guess of the mean edit: a bad start has much to gain, a good one nothing. The
+        # least-squares line of the reward in R̄(c_0) over the batch removes that, and needs no group: G may be 1.
+        x, y = before - before.mean(), delta - delta.mean()
+        return y - x * (x * y).sum() / (x * x).sum().clamp(min=1e-12)
+    raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score, line, node or batch.")
+
+
+def policy_loss(
+    logprobs: Sequence[Tensor],
+    advantages: Sequence[float] | Tensor,
+    n_tokens: int,
+    old_logprobs: Sequence[Tensor] | None = None,
+    clip: float = 0.2,
+) -> Tensor:
+    """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
+
+    `n_tokens` counts the response tokens of the WHOLE batch, so the losses of its micro-batches add up. Every token weighs
+    the same: no 1/|o| per response, which would favour long failures. Without `old_logprobs` the batch is on-policy: the
+    ratio is 1, the clip never acts, and the gradient is −A ∇log p.
+    """
+    lengths = torch.tensor([len(logp) for logp in logprobs])
+    new = torch.cat(list(logprobs))  # (tokens,)
+    old = new.detach() if old_logprobs is None else torch.cat(list(old_logprobs)).detach().to(new)
+    weight = torch.as_tensor(advantages, dtype=new.dtype).cpu().repeat_interleave(lengths).to(new.device)
+    ratio = torch.exp(new - old)
+    return -torch.minimum(ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight).sum() / n_tokens
+
+
+class MasterAdamW:
+    """AdamW whose steps are not lost in bf16.
+
+    At lr 1e-6 a step is smaller than half the gap between neighbouring bf16 numbers, and 98% of the weights would never
+    move. So bf16 parameters get float32 masters, with the moments, on the CPU: the GPU holds 2 + 2 bytes per parameter.
+    Parameters in float32 are their own masters, and this is plain AdamW.
+    """
+
+    def __init__(self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)) -> None:
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().cpu() for p in self.params]
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self.max_norm = max_norm
+
+    def step(self) -> float:
+        """Clip, step, and return the gradient norm before clipping. A norm that is not finite skips the step."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)) if grads else 0.0
+        if math.isfinite(norm):
+            for param, master in zip(self.params, self.masters):
+                if master is not param:
+                    master.grad = None if param.grad is None else param.grad.float().cpu()
+            self.adamw.step()
+            with torch.no_grad():
+                for param, master in zip(self.params, self.masters):
+                    if master is not param:
+                        param.copy_(master)
+                        master.grad = None
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        for param in self.params:
+            param.grad = None
+
+    def state_dict(self) -> dict:
+        return {"adamw": self.adamw.state_dict(), "masters": [m.detach().clone() for m in self.masters]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for param, master, saved in zip(self.params, self.masters, state["masters"]):
+                master.copy_(saved)
+                param.copy_(master)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tree of instructions (Algorithm 1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Node:
+    """One version of the instructions. `score` None: an invalid edit, kept for the record and never selected."""
+
+    id: int
+    parent: int | None  # id of the node it was edited from; None for the root
+    instructions: str
+    score: float | None  # R̄, mean over the holdout
+    scores: list[float] | None = None  # the score of each holdout problem, for "pareto"
+    visits: int = 0  # v: how often it was selected
+    summary: list[dict] = field(default_factory=list)  # S: the graded problems seen when it was made
+    note: str = ""  # why an edit is invalid
+
+
+class EvolutionTree:
+    """All versions of the instructions, and which one to edit next. Ties go to the newest node, in every rule."""
+
+    def __init__(self, instructions: str, score: float | None, scores=None, c: float = 2.0, summary=None) -> None:
+        """`c` is C of the UCB rule, 2 in the paper; 0 is best-first."""
+        self.c, self.rounds, self.nodes = c, 0, []  # rounds: N, the selections so far
+        self.add(None, instructions, score, scores, summary)
+
+    def add(self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None,
+            note: str = "") -> Node:
+        """Attach an edit. A score of None or NaN records an invalid one, with the reason in `note`."""
+        parent = parent.id if isinstance(parent, Node) else parent
+        if self.nodes and parent not in range(len(self.nodes)):
+            raise ValueError(f"No node {parent} in a tree of {len(self.nodes)} nodes.")
+        score = None if score is None or math.isnan(score) else float(score)
+        scores = None if scores is None else [float(s) for s in scores]
+        self.nodes.append(Node(len(self.nodes), parent, instructions, score, scores, 0, list(summary or []), note))
+        return self.nodes[-1]
+
+    def scored(self) -> list[Node]:
+        """The nodes that may be selected or returned."""
+        nodes = [node for node in self.nodes if node.score is not None]
+        if not nodes:
+            raise ValueError("No node has a score yet: score the seed instructions first.")
+        return nodes
+
+    def best(self) -> Node:
+        """argmax R̄ over the tree."""
+        return max(self.scored(), key=lambda node: (node.score, node.id))
+
+    def select(self, rule: str = "ucb", seed: int = 0) -> Node:
+        """The node to edit next; counts the visit. Only "pareto" draws, from `seed` and the round: resuming repeats it."""
+        nodes = self.scored()
+        if rule == "ucb":  # over ALL nodes, not only leaves; before the first round there is nothing to explore yet
+            log_n = math.log(max(1, self.rounds))
+            chosen = max(nodes, key=lambda n: (n.score + self.c * math.sqrt(log_n / max(1, n.visits)), n.id))
+        elif rule == "chain":
+            chosen = nodes[-1]
+        elif rule == "best":
+            chosen = self.best()
+        elif rule == "pareto":
+            front, wins = self.pareto_front()
+            chosen = random.Random(f"{seed}/{self.rounds}").choices(front, wins)[0]
+        else:
+            raise ValueError(f"Unknown search rule {rule!r}; choose ucb, chain, best or pareto.")
+        self.rounds += 1
+        chosen.visits += 1
+        return chosen
+
+    def pareto_front(self) -> tuple[list[Node], list[int]]:
+        """GEPA's candidates and their weights: not dominated, best on at least one problem, on how many they are best."""
+        nodes = self.scored()
+        if any(node.scores is None or len(node.scores) != len(nodes[0].scores or []) for node in nodes):
+            raise ValueError("The rule pareto needs one score per holdout problem, the same problems for every node.")
+        top = [max(column) for column in zip(*(node.scores for node in nodes))]
+
+        def dominated(a: Node) -> bool:
+            return any(a.scores != b.scores and all(x <= y for x, y in zip(a.scores, b.scores)) for b in nodes)
+
+        wins = {n.id: sum(score == best for score, best in zip(n.scores, top)) for n in nodes if not dominated(n)}
+        front = [node for node in nodes if wins.get(node.id)]
+        return front, [wins[node.id] for node in front]
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, exactly reversible. First under another name, so that a kill leaves the old file or the new one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {"c": self.c, "rounds": self.rounds, "nodes": [asdict(node) for node in self.nodes]}
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")  # ASCII: any string survives
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvolutionTree:
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        tree = cls("", None, c=state["c"])
+        tree.rounds, tree.nodes = state["rounds"], [Node(**node) for node in state["nodes"]]
+        return tree
