@@ -1,0 +1,204 @@
+"""Self-evolution at test time: Algorithm 1 of the paper, three baselines in the same loop, and their comparison.
+
+    python evolve.py                                      the editor that `python train.py` made, on unseen mini domains
+    python evolve.py --compare                            untrained and trained editor x every search, as one table
+    python evolve.py --task bird --data DIR --solver Qwen/Qwen3-4B-Instruct-2507 --editor runs/bird/editor
+    python evolve.py --task jsonl --data my.jsonl --solver http://localhost:8000/v1 --editor https://api.openai.com/v1 \\
+                     --editor-model gpt-5                 any OpenAI-compatible server, key in $LSE_API_KEY
+
+One round: pick a node of the tree, let the frozen solver answer k fresh problems under its instructions, show the graded
+answers to the editor, score what it writes on the holdout, attach it. No weights change here.
+
+Left out on purpose: parallel rounds of one tree (each edit reads the one before), early stopping, merging of branches.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import fmean, stdev
+
+import torch
+from tqdm import tqdm
+
+from data import Answer, Problem, extract_tag
+from lse import EvolutionTree, Node, Sample
+
+
+def option(default, text: str):
+    """A config field with its help text: `--help` and the source are the same words."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """What training and test time share. A field left at None takes the task's preset below."""
+
+    task: str = option("mini", "mini, bird, mmlu or jsonl")
+    data: str = option("", "folder or file with the task's data (not for mini)")
+    seed: int = option(0, "seed of the splits, the problem batches and all sampling")
+    rounds: int | None = option(None, "T, rounds of evolution per tree")
+    k: int | None = option(None, "problems answered per round and shown to the editor")
+    holdout: int | None = option(None, "problems that score a node")
+    test: int | None = option(None, "problems kept for one honest look at the end; 0: none")
+    samples: int | None = option(None, "answers per holdout problem; a score is the mean over both")
+    c: float | None = option(None, "C of the UCB rule: 0 is best-first, large is exploration")
+    solver_tokens: int | None = option(None, "new tokens per answer")
+    editor_tokens: int | None = option(None, "new tokens per edit")
+    solver_temperature: float | None = option(None, "temperature of the solver; 0 is greedy")
+    editor_temperature: float | None = option(None, "temperature of the editor at test time (training samples at 1)")
+    top_p: float | None = option(None, "nucleus of the solver, and of the editor at test time")
+    top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
+    max_prompt_tokens: int = option(0, "longest editor prompt; problems are dropped from the summary to fit. 0: no limit")
+
+
+PAPER = dict(rounds=25, k=10, holdout=50, test=50, samples=8, c=2.0, solver_tokens=2048, editor_tokens=4096,
+             solver_temperature=0.7, editor_temperature=0.7, top_p=0.8, top_k=20)
+PRESETS = {  # the miniature's solver is so sure of itself that greedy decoding and one answer lose nothing
+    "mini": dict(rounds=10, k=4, holdout=8, test=32, samples=1, c=0.3, solver_tokens=16, editor_tokens=40,
+                 solver_temperature=0.0, editor_temperature=1.0, top_p=1.0, top_k=0),
+}
+
+
+def with_presets(settings: Settings) -> Settings:
+    """The same settings with every None filled in from the task's preset, the paper's values where it has none."""
+    preset = PRESETS.get(settings.task, PAPER)
+    return replace(settings, **{name: value for name, value in preset.items() if getattr(settings, name) is None})
+
+
+def solver_sampling(s: Settings) -> dict:
+    return dict(max_new_tokens=s.solver_tokens, temperature=s.solver_temperature, top_p=s.top_p, top_k=s.top_k)
+
+
+def editor_sampling(s: Settings) -> dict:
+    return dict(max_new_tokens=s.editor_tokens, temperature=s.editor_temperature, top_p=s.top_p, top_k=s.top_k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The steps of a round
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Problem]]:
+    """Disjoint pool, holdout and test of one domain: as the task prescribes them, else drawn with the seed.
+
+    The pool feeds summaries, the holdout scores nodes, and the test split is touched once, at the end.
+    """
+    if problems and all(p.split for p in problems):
+        parts = {name: [p for p in problems if p.split == name] for name in ("pool", "holdout", "test")}
+        return parts | {"holdout": parts["holdout"][: s.holdout], "test": parts["test"][: s.test]}
+    domain = problems[0].domain if problems else "this domain"
+    if len(problems) < s.k + s.holdout + s.test:
+        raise SystemExit(
+            f"{domain} has {len(problems)} problems, fewer than k + holdout + test = {s.k} + {s.holdout} + {s.test}: "
+            "choose smaller --k, --holdout or --test, or leave the domain out with --domains."
+        )
+    shuffled = random.Random(f"{s.seed}/{domain}").sample(problems, len(problems))
+    held, tested = s.holdout, s.holdout + s.test
+    return {"holdout": shuffled[:held], "test": shuffled[held:tested], "pool": shuffled[tested:]}
+
+
+def draw_batch(pool: list[Problem], s: Settings, domain: str, round_: int) -> list[Problem]:
+    """k problems, with replacement as in the paper. They depend on seed, domain and round: every method sees the same."""
+    return random.Random(f"{s.seed}/{domain}/{round_}").choices(pool, k=s.k)
+
+
+def solve_all(task, solver, jobs: list[tuple[str, list[Problem]]], samples: int = 1, **sampling) -> list[list[Answer]]:
+    """Answer and grade many jobs (instructions, problems) in one batch of the solver.
+
+    Returns one list per job: `samples` answers for each problem, those of one problem together.
+    """
+    asked = [(instructions, problem) for instructions, problems in jobs for problem in problems]
+    drawn = solver.sample([task.solve_chat(i, problem) for i, problem in asked], n=samples, **sampling)
+    pairs = [(problem, sample) for (_, problem), row in zip(asked, drawn) for sample in row]
+    texts = [(problem, sample.text) for problem, sample in pairs]
+    many = getattr(task, "grade_many", None)  # a task may grade side by side on all cores
+    grades = many(texts) if many else [task.grade(problem, text) for problem, text in texts]
+    answers = iter(
+        Answer(p.id, p.question, s.text, g.answer, p.gold, g.correct, g.feedback, s.truncated)
+        for (p, s), g in zip(pairs, grades)
+    )
+    return [[next(answers) for _ in range(len(problems) * samples)] for _, problems in jobs]
+
+
+def solve(task, solver, instructions: str, problems: list[Problem], samples: int = 1, **sampling) -> list[Answer]:
+    """Graded answers of the solver to the problems of one domain under some instructions (y ~ π_θ(x, c) and R(x, y))."""
+    return solve_all(task, solver, [(instructions, problems)], samples, **sampling)[0]
+
+
+def problem_scores(answers: list[Answer], samples: int) -> list[float]:
+    """Share of right answers per problem; their mean is R̄ (eq. 4)."""
+    right = [float(a.correct) for a in answers]
+    return [fmean(right[i : i + samples]) for i in range(0, len(right), samples)]
+
+
+def score_all(task, solver, jobs: list[tuple[str, list[Problem]]], s: Settings) -> list[list[float]]:
+    """R̄ of many instructions at once, as one list of per-problem scores per job."""
+    return [problem_scores(a, s.samples) for a in solve_all(task, solver, jobs, s.samples, **solver_sampling(s))]
+
+
+def edit_chat(task, editor, instructions: str, summary: list[Answer], limit: int = 0) -> tuple[list[dict], int]:
+    """The editor's chat and the number of problems dropped from the end of the summary to fit `limit` tokens."""
+    kept = list(summary)
+    while limit and hasattr(editor, "encode") and len(kept) > 1:
+        if len(editor.encode(task.edit_chat(instructions, kept))) <= limit:
+            break
+        kept.pop()
+    return task.edit_chat(instructions, kept), len(summary) - len(kept)
+
+
+def read_edit(task, sample: Sample) -> tuple[str | None, str]:
+    """(new instructions, "") or (None, why the edit is invalid). A task may bring its own reader, `task.read_edit`."""
+    reader = getattr(task, "read_edit", None)
+    text = reader(sample.text) if reader else extract_tag(sample.text, "prompt")
+    if text is None:
+        return None, "cut off before </prompt>" if sample.truncated else "no <prompt> tags with instructions inside"
+    if not reader and len(text) < 10:  # the official code's rule
+        return None, f"instructions of {len(text)} characters, fewer than 10"
+    return text, ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plant(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
+    """One tree per domain: the seed instructions, scored on the holdout."""
+    jobs = [(task.seed_instructions, split_problems(task.problems(d), s)["holdout"]) for d in domains]
+    scores = score_all(task, solver, jobs, s)
+    return {d: EvolutionTree(task.seed_instructions, fmean(x), x, c=s.c) for d, x in zip(domains, scores)}
+
+
+def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Settings, search: str = "ucb",
+               on_round=None, progress: str = "") -> dict[str, EvolutionTree]:
+    """Grow the tree of every domain to `s.rounds` rounds, all in step, so that each model call is one large batch."""
+    splits = {d: split_problems(task.problems(d), s) for d in trees}
+    first = min(len(tree.nodes) - 1 for tree in trees.values())
+    for round_ in tqdm(range(first, s.rounds), desc=progress, unit="round", disable=not progress, leave=False):
+        torch.manual_seed(hash((s.seed, round_)))
+        # 1. Select a node n* of each tree, 2. let the solver answer k fresh problems under its instructions.
+        parents = {d: tree.select(search, seed=s.seed) for d, tree in trees.items()}
+        jobs = [(parents[d].instructions, draw_batch(splits[d]["pool"], s, d, round_)) for d in trees]
+        summaries = dict(zip(trees, solve_all(task, solver, jobs, **solver_sampling(s))))
+        # 3. The editor reads (c, S) and writes new instructions.
+        chats = [edit_chat(task, editor, parents[d].instructions, summaries[d], s.max_prompt_tokens)[0] for d in trees]
+        samples = [row[0] for row in editor.sample(chats, **editor_sampling(s))]
+        edits = {d: read_edit(task, sample) for d, sample in zip(trees, samples)}
+        # 4. Score them on the holdout, 5. attach them. An invalid edit costs its round and is recorded with the reason.
+        valid = [d for d in trees if edits[d][0] is not None]
+        scores = dict(zip(valid, score_all(task, solver, [(edits[d][0], splits[d]["holdout"]) for d in valid], s)))
+        for d, sample in zip(trees, samples):
+            text, note = edits[d]
+            mean = fmean(scores[d]) if d in scores else None
+            summary = [asdict(answer) for answer in summaries[d]]
+            trees[d].add(parents[d], text or sample.text, mean, scores.get(d), summary, note)
+        if on_round:
+            on_round(round_, trees)
+    return trees
+
+
+def evolve(task, domain: str, solver, editor, settings: Settings | None = None, search: str = "ucb", **changes) -> EvolutionTree:
+    """Evolve the instructions of one domain; `changes` are fields of Settings, such as rounds=5."""
+    s = with_presets(replace(settings or Settings(task=task.name), **changes))
+    return evolve_all(task, plant(task, [domain], solver, s), solver, editor, s, search)[domain]
