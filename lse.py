@@ -60,9 +60,9 @@ class LocalModel:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("The tokenizer has no chat template; set tokenizer.chat_template, or use an instruct model.")
         self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
-        eos = model.generation_config.eos_token_id
-        eos = tokenizer.eos_token_id if eos is None else eos
-        self.eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        ends = model.generation_config.eos_token_id  # an int, a list or None; base models often lack the chat's own end
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eos = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
         controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
 
@@ -114,10 +114,10 @@ class LocalModel:
         prompts = [tuple(self.encode(chat)) for chat in chats]
         greedy = temperature == 0
         # Sorted, so that rows which begin alike are neighbours and share their prefill; ragged ends cost little padding.
-        jobs = sorted(set(prompts)) if greedy else sorted(prompts * n)
+        rows = sorted(set(prompts)) if greedy else sorted(prompts * n)
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
-        options = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-        pending = self._pack(jobs, max_new_tokens)[::-1]
+        options = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        pending = self._pack(rows, max_new_tokens)[::-1]
         while pending:
             rows = pending.pop()
             try:
@@ -180,7 +180,7 @@ class LocalModel:
             if prefix + rest.shape[1]:
                 cache.batch_select_indices(owner)
             out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, use_cache=True,
-                                 max_new_tokens=max_new_tokens, repetition_penalty=1.0, **options)
+                                 max_new_tokens=max_new_tokens, do_sample=bool(options), repetition_penalty=1.0, **options)
         finally:
             model.generation_config = config
             model.train(mode)
@@ -206,31 +206,52 @@ class LocalModel:
 
 
 def shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
-    """Attention over rows [prompt, response 1, ..., response G]: every response sees the prompt and itself, not the others.
+    """Attention over a row [prompt, all its responses]: a response sees the prompt and itself, not the others.
 
-    The rows are recognised by their mask, (B, G, T, P + T) for queries of P + G * T tokens; all else is plain sdpa. Two
-    small attentions instead of one (P + G T)² mask: this is what makes long prompts cheap, and it has no cache that
-    gradient checkpointing would drop.
+    Such rows are recognised by a mask with fewer queries than the row, (B, 1, R, P + R): the prompt's P queries need none,
+    they are plain causal attention. That saves the (P + R)² mask and most of the work, and there is no cache, which
+    gradient checkpointing would silently drop. All other calls are plain sdpa.
     """
-    if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
+    p = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if p == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    (b, g, t, _), heads, width = attention_mask.shape, key.shape[1], key.shape[3]
-    p = query.shape[2] - g * t
     prompt, _ = sdpa_attention_forward(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
-
-    def split(x: Tensor) -> Tensor:  # (B, H, G T, d) -> (B G, H, T, d)
-        return x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1)
-
-    def with_prompt(x: Tensor) -> Tensor:  # (B, H, P + G T, d) -> (B G, H, P + T, d)
-        return torch.cat([x[:, None, :, :p].expand(b, g, heads, p, width).flatten(0, 1), split(x)], 2)
-
-    mask = attention_mask.flatten(0, 1)[:, None]  # (B G, 1, T, P + T)
-    out, _ = sdpa_attention_forward(module, split(query), with_prompt(key), with_prompt(value), mask, **kwargs)
-    return torch.cat([prompt, out.reshape(b, g * t, *out.shape[2:])], 1), None
+    responses, _ = sdpa_attention_forward(module, query[:, :, p:], key, value, attention_mask, **kwargs)
+    return torch.cat([prompt, responses], 1), None  # (B, P + R, heads, d)
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
 AttentionMaskInterface.register("shared_prompt", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def pack(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One row per group: the prompt without its last token, then, per response, that token and all response tokens but
+    the last. So the second part holds exactly the tokens whose successors are scored, and no prompt logits are computed.
+
+    Returns ids (B, P + R), positions (B, P + R), mask (B, 1, R, P + R) and targets (B, R). Both parts are padded on the
+    right, to the longest prompt and to the most response tokens.
+
+    >>> ids, positions, mask, targets = pack([(torch.tensor([5, 6, 7]), [torch.tensor([1, 2]), torch.tensor([3])])])
+    >>> ids.tolist(), positions.tolist(), targets.tolist()
+    ([[5, 6, 7, 1, 7]], [[0, 1, 2, 3, 2]], [[1, 2, 3]])
+    >>> mask[0, 0].int().tolist()
+    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    """
+
+    def pad(rows: list[Tensor], value: int = 0) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([row.cpu() for row in rows], batch_first=True, padding_value=value)
+
+    prompts = pad([prompt[:-1] for prompt, _ in groups])  # (B, P)
+    inputs = pad([torch.cat([t for r in responses for t in (prompt[-1:], r[:-1])]) for prompt, responses in groups])
+    targets = pad([torch.cat(list(responses)) for _, responses in groups])  # (B, R)
+    lengths = torch.tensor([len(prompt) - 1 for prompt, _ in groups])[:, None]  # (B, 1)
+    offsets = pad([torch.cat([torch.arange(len(r)) for r in responses]) for _, responses in groups])  # (B, R)
+    owner = pad([torch.cat([torch.full((len(r),), i) for i, r in enumerate(rs)]) for _, rs in groups], -1)  # (B, R)
+    places = torch.arange(prompts.shape[1])
+    positions = torch.cat([places.expand_as(prompts), lengths + offsets], 1)
+    own = (owner[:, :, None] == owner[:, None]).tril()  # (B, R, R): the same response, and not later
+    sees = (places < lengths)[:, None].expand(-1, own.shape[1], -1)  # (B, R, P): the prompt without its padding
+    return torch.cat([prompts, inputs], 1), positions, torch.cat([sees, own], 2)[:, None], targets
 
 
 def group_logprobs(
@@ -238,49 +259,24 @@ def group_logprobs(
 ) -> list[list[Tensor]]:
     """log p of every response token, differentiable: `logprobs` for several (prompt_ids, responses) in one forward.
 
-    Returns one list per group, one (T,) float32 tensor per response. All groups are padded to the longest prompt, the
-    most responses and the longest response among them; the caller chooses how many fit in memory. The mean of −log p over
-    tokens sampled at this temperature (top_p 1) is an unbiased estimate of the policy's entropy: log that.
+    Returns one list per group with one (T,) tensor per response, float32 also for a bf16 model. The caller chooses how
+    many groups fit in memory. The mean of −log p over tokens sampled at this temperature (top_p 1, top_k 0) is an
+    unbiased estimate of the policy's entropy.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; greedy sampling has no log-probs: use one above 0.")
     core = getattr(model, "module", model)  # under DistributedDataParallel
-    if core.config._attn_implementation != "shared_prompt":
+    if core.config._attn_implementation != "shared_prompt":  # stays: the backward of a checkpoint runs it again
         core.set_attn_implementation("shared_prompt")
-    b, g = len(groups), max(len(responses) for _, responses in groups)
-    p = max(len(prompt) for prompt, _ in groups) - 1
-    t = max((len(response) for _, responses in groups for response in responses), default=0)
-    if t == 0:
-        return [[torch.zeros(0, device=core.device) for _ in responses] for _, responses in groups]
-    # Row: prompt without its last token, then G blocks [last prompt token, response without its last token], so that
-    # every block holds exactly the tokens whose successors we score, and no prompt logits are ever computed.
-    prompts = torch.zeros(b, p, dtype=torch.long)
-    blocks, targets = torch.zeros(2, b, g, t, dtype=torch.long)
-    lengths = torch.tensor([len(prompt) - 1 for prompt, _ in groups])  # (B,)
-    for i, (prompt, responses) in enumerate(groups):
-        prompts[i, : len(prompt) - 1] = prompt[:-1]
-        for j, response in enumerate(responses):
-            blocks[i, j, : len(response)] = torch.cat([prompt[-1:], response[:-1]])
-            targets[i, j, : len(response)] = response
-    positions = torch.cat([torch.arange(p).expand(b, p), (lengths[:, None, None] + torch.arange(t)).expand(b, g, t).flatten(1)], 1)
-    sees_prompt = (torch.arange(p) < lengths[:, None])[:, None, None].expand(b, g, t, p)
-    mask = torch.cat([sees_prompt, torch.ones(t, t, dtype=torch.bool).tril().expand(b, g, t, t)], 3)  # (B, G, T, P + T)
-    out = model(
-        input_ids=torch.cat([prompts, blocks.flatten(1)], 1).to(core.device),
-        attention_mask=mask.to(core.device),
-        position_ids=positions.to(core.device),
-        use_cache=False,
-        logits_to_keep=g * t,
-    )
-    logits = out.logits.unflatten(1, (g, t))  # (B, G, T, V)
-    result = []
-    for i, (_, responses) in enumerate(groups):
-        targets_i = targets[i].to(core.device)
-        result.append([
-            -F.cross_entropy(logits[i, j, : len(r)].float() / temperature, targets_i[j, : len(r)], reduction="none")
-            for j, r in enumerate(responses)
-        ])
-    return result
+    if any(len(prompt) == 0 or len(response) == 0 for prompt, responses in groups for response in responses):
+        raise ValueError("Prompts and responses need at least one token each.")
+    ids, positions, mask, targets = (x.to(core.device) for x in pack(groups))
+    out = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False,
+                logits_to_keep=targets.shape[1])  # fmt: skip
+    logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)) / temperature  # (B, R, V)
+    logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    lengths = [[len(response) for response in responses] for _, responses in groups]
+    return [list(row[: sum(ls)].split(ls)) for row, ls in zip(logp, lengths)]
 
 
 def logprobs(model, prompt_ids: Tensor, responses: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
@@ -351,10 +347,9 @@ def policy_loss(
     the same: no 1/|o| per response, which would favour long failures. Without `old_logprobs` the batch is on-policy: the
     ratio is 1, the clip never acts, and the gradient is −A ∇log p.
     """
-    lengths = torch.tensor([len(logp) for logp in logprobs])
     new = torch.cat(list(logprobs))  # (tokens,)
-    old = new.detach() if old_logprobs is None else torch.cat(list(old_logprobs)).detach().to(new)
-    weight = torch.as_tensor(advantages, dtype=new.dtype).cpu().repeat_interleave(lengths).to(new.device)
+    old = new.detach() if old_logprobs is None else torch.cat(list(old_logprobs)).detach()
+    weight = torch.cat([torch.full_like(row.detach(), float(a)) for row, a in zip(logprobs, advantages, strict=True)])
     ratio = torch.exp(new - old)
     return -torch.minimum(ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight).sum() / n_tokens
 
@@ -369,7 +364,7 @@ class MasterAdamW:
 
     def __init__(self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)) -> None:
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().cpu() for p in self.params]
+        self.masters = [p.detach().cpu().float() if p.dtype.itemsize < 4 else p for p in self.params]
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.max_norm = max_norm
 
@@ -380,7 +375,7 @@ class MasterAdamW:
         if math.isfinite(norm):
             for param, master in zip(self.params, self.masters):
                 if master is not param:
-                    master.grad = None if param.grad is None else param.grad.float().cpu()
+                    master.grad = None if param.grad is None else param.grad.cpu().float()
             self.adamw.step()
             with torch.no_grad():
                 for param, master in zip(self.params, self.masters):
