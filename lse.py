@@ -12,8 +12,8 @@ Symbols of the paper, and the words used here
     T     rounds of evolution; in shapes: tokens of a response   C     weight of exploration in the tree's UCB rule
     N     start states in a batch; in UCB: selections so far     v     how often a node was selected
 
-Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has its
-baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
+Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has
+its baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class LocalModel:
     def __init__(self, model, tokenizer, max_batch_tokens: int = 65536) -> None:
         """`max_batch_tokens` bounds rows x (longest prompt + max_new_tokens), which is what fills the memory."""
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("The tokenizer has no chat template; set tokenizer.chat_template, or use an instruct model.")
+            raise ValueError("The tokenizer has no chat template: set its chat_template or use an instruct model.")
         self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
-        eos = model.generation_config.eos_token_id
-        eos = tokenizer.eos_token_id if eos is None else eos
-        self.eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
+        ends = model.generation_config.eos_token_id  # an int, a list or None; base models often lack the chat's own end
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eos = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+        controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
+        self.controls = re.compile(f"({'|'.join(map(re.escape, controls[::-1])) or '(?!)'})")  # longest first
 
     def render(self, chat: Chat) -> str:
-        """The chat as text, template applied once; a system message goes into the first user's where none is allowed."""
-        options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         try:
             return self.tokenizer.apply_chat_template(chat, **options)
         except TemplateError:
@@ -81,24 +81,25 @@ class LocalModel:
         """Token ids of a chat up to where the answer begins.
 
         Contents come from models and data: a `<|im_start|>` in there must stay text, else instructions could forge a
-        role. So control strings in contents are swapped for stand-ins before the template runs, and back after its own
-        control tokens are cut out.
+        role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
+        the template's own control strings are cut out.
         """
-        texts = [message["content"] for message in chat]
-        if not any(self.controls.search(text) for text in texts):
+        contents = "".join(message["content"] for message in chat)
+        found = sorted(set(self.controls.findall(contents)))
+        if not found:
             return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
-        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in texts))
-        found = sorted({string for text in texts for string in self.controls.findall(text)})
-        stand_in = {string: f"{mark}{i}{mark}" for i, string in enumerate(found)}
-        safe = [m | {"content": self.controls.sub(lambda hit: stand_in[hit[0]], m["content"])} for m in chat]
-        text, ids, start = self.render(safe), [], 0
-        for hit in [*self.controls.finditer(text), None]:
-            piece = text[start : hit.start() if hit else None]
-            piece = re.sub(f"{mark}([0-9]+){mark}", lambda swapped: found[int(swapped[1])], piece)
-            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"] if piece else []
-            if hit:
-                ids.append(self.tokenizer.convert_tokens_to_ids(hit[0]))
-                start = hit.end()
+        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in contents)  # a private-use character
+        safe = [
+            m | {"content": self.controls.sub(lambda hit: f"{mark}{found.index(hit[0])}{mark}", m["content"])}
+            for m in chat
+        ]
+        ids = []
+        for i, piece in enumerate(self.controls.split(self.render(safe))):  # text, control, text, ..., text
+            if i % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                text = re.sub(f"{mark}([0-9]+){mark}", lambda stand_in: found[int(stand_in[1])], piece)
+                ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     def sample(
@@ -113,15 +114,16 @@ class LocalModel:
         """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once."""
         prompts = [tuple(self.encode(chat)) for chat in chats]
         greedy = temperature == 0
-        # Sorted, so that rows which begin alike are neighbours and share their prefill; ragged ends cost little padding.
-        jobs = sorted(set(prompts)) if greedy else sorted(prompts * n)
+        # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
+        rows = sorted(set(prompts)) if greedy else sorted(prompts * n)
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
-        options = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-        pending = self._pack(jobs, max_new_tokens)[::-1]
+        options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0}
+        options |= {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        pending = self._pack(rows, max_new_tokens)[::-1]
         while pending:
             rows = pending.pop()
             try:
-                samples = self._generate(rows, max_new_tokens, options)
+                samples = self._generate(rows, options)
             except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     raise
@@ -146,8 +148,12 @@ class LocalModel:
         return batches
 
     @torch.no_grad()
-    def _generate(self, rows: list[tuple[int, ...]], max_new_tokens: int, options: dict) -> list[Sample]:
-        """One batch. What prompts have in common is prefilled once: first the prefix of all, then each distinct rest."""
+    def _generate(self, rows: list[tuple[int, ...]], options: dict) -> list[Sample]:
+        """One batch. What is common is prefilled once: the prefix of all rows, then the rest of every distinct prompt.
+
+        Layout of a row: prefix, rest, padding, last prompt token. The padding follows the rest, so that no query is
+        fully masked; positions count real tokens only. The last token is left to `generate`, which must start from one.
+        """
         model, device = self.model, self.model.device
         distinct = sorted(set(rows))
         index = {prompt: i for i, prompt in enumerate(distinct)}
@@ -155,8 +161,6 @@ class LocalModel:
         prefix = len(os.path.commonprefix([distinct[0][:-1], distinct[-1][:-1]]))  # sorted: first and last decide
         rests = [torch.tensor(prompt[prefix:-1], dtype=torch.long) for prompt in distinct]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (self.eos + [0])[0]
-        # Layout of a row: prefix, rest, padding, last prompt token. Padding after the rest, so that no query is fully
-        # masked; positions count real tokens only. The last token is left to `generate`, which needs one to start from.
         rest = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True, padding_value=pad).to(device)  # (distinct, R)
         lengths = torch.tensor([len(r) for r in rests], device=device)
         real = torch.arange(rest.shape[1], device=device) < lengths[:, None]
@@ -166,21 +170,20 @@ class LocalModel:
         mask = torch.cat([torch.ones_like(common), real.long(), torch.ones_like(last)], 1)
         mode, config = model.training, model.generation_config
         model.eval()  # no dropout, and no gradient checkpointing: that would silently drop the cache
-        # A checkpoint's own top_k, penalties or length limits must not leak into the sampling: start from a blank config.
+        # A checkpoint's own top_k, penalties or length limits must not leak into the sampling: start from a blank one.
         model.generation_config = GenerationConfig(eos_token_id=self.eos or None, pad_token_id=pad)
         try:
             cache = DynamicCache(config=model.config)
             if prefix:
-                model(common[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(common[:1], past_key_values=cache, logits_to_keep=1)
                 cache.batch_select_indices(torch.zeros_like(lengths))
             if rest.shape[1]:
                 positions = prefix + torch.arange(rest.shape[1], device=device).expand_as(rest)
-                model(rest, attention_mask=mask[:, :-1], position_ids=positions, past_key_values=cache, use_cache=True,
-                      logits_to_keep=1)
+                seen = {"attention_mask": mask[:, :-1], "past_key_values": cache}
+                model(rest, position_ids=positions, logits_to_keep=1, **seen)
             if prefix + rest.shape[1]:
                 cache.batch_select_indices(owner)
-            out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, use_cache=True,
-                                 max_new_tokens=max_new_tokens, repetition_penalty=1.0, **options)
+            out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
         finally:
             model.generation_config = config
             model.train(mode)
@@ -206,31 +209,52 @@ class LocalModel:
 
 
 def shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
-    """Attention over rows [prompt, response 1, ..., response G]: every response sees the prompt and itself, not the others.
+    """Attention over a row [prompt, all its responses]: a response sees the prompt and itself, not the others.
 
-    The rows are recognised by their mask, (B, G, T, P + T) for queries of P + G * T tokens; all else is plain sdpa. Two
-    small attentions instead of one (P + G T)² mask: this is what makes long prompts cheap, and it has no cache that
-    gradient checkpointing would drop.
+    Such rows are recognised by a mask with fewer queries than the row, (B, 1, R, P + R): the prompt's P queries need
+    none, they are plain causal attention. That saves the (P + R)² mask and most of the work, and there is no cache,
+    which gradient checkpointing would silently drop. All other calls are plain sdpa.
     """
-    if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
+    p = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if p == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    (b, g, t, _), heads, width = attention_mask.shape, key.shape[1], key.shape[3]
-    p = query.shape[2] - g * t
     prompt, _ = sdpa_attention_forward(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
-
-    def split(x: Tensor) -> Tensor:  # (B, H, G T, d) -> (B G, H, T, d)
-        return x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1)
-
-    def with_prompt(x: Tensor) -> Tensor:  # (B, H, P + G T, d) -> (B G, H, P + T, d)
-        return torch.cat([x[:, None, :, :p].expand(b, g, heads, p, width).flatten(0, 1), split(x)], 2)
-
-    mask = attention_mask.flatten(0, 1)[:, None]  # (B G, 1, T, P + T)
-    out, _ = sdpa_attention_forward(module, split(query), with_prompt(key), with_prompt(value), mask, **kwargs)
-    return torch.cat([prompt, out.reshape(b, g * t, *out.shape[2:])], 1), None
+    responses, _ = sdpa_attention_forward(module, query[:, :, p:], key, value, attention_mask, **kwargs)
+    return torch.cat([prompt, responses], 1), None  # (B, P + R, heads, d)
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
 AttentionMaskInterface.register("shared_prompt", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def pack(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One row per group: the prompt without its last token; then, per response, that token and all response tokens but
+    the last. So the second part holds exactly the tokens whose successors are scored: no prompt logits are computed.
+
+    Returns ids (B, P + R), positions (B, P + R), mask (B, 1, R, P + R) and targets (B, R). Both parts are padded on the
+    right, to the longest prompt and to the most response tokens.
+
+    >>> ids, positions, mask, targets = pack([(torch.tensor([5, 6, 7]), [torch.tensor([1, 2]), torch.tensor([3])])])
+    >>> ids.tolist(), positions.tolist(), targets.tolist()
+    ([[5, 6, 7, 1, 7]], [[0, 1, 2, 3, 2]], [[1, 2, 3]])
+    >>> mask[0, 0].int().tolist()
+    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    """
+
+    def pad(rows: list[Tensor], value: int = 0) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([row.cpu() for row in rows], batch_first=True, padding_value=value)
+
+    prompts = pad([prompt[:-1] for prompt, _ in groups])  # (B, P)
+    inputs = pad([torch.cat([t for r in responses for t in (prompt[-1:], r[:-1])]) for prompt, responses in groups])
+    targets = pad([torch.cat(list(responses)) for _, responses in groups])  # (B, R)
+    lengths = torch.tensor([len(prompt) - 1 for prompt, _ in groups])[:, None]  # (B, 1)
+    offsets = pad([torch.cat([torch.arange(len(r)) for r in responses]) for _, responses in groups])  # (B, R)
+    owner = pad([torch.cat([torch.full((len(r),), i) for i, r in enumerate(rs)]) for _, rs in groups], -1)  # (B, R)
+    places = torch.arange(prompts.shape[1])
+    positions = torch.cat([places.expand_as(prompts), lengths + offsets], 1)
+    own = (owner[:, :, None] == owner[:, None]).tril()  # (B, R, R): the same response, and not later
+    sees = (places < lengths)[:, None].expand(-1, own.shape[1], -1)  # (B, R, P): the prompt without its padding
+    return torch.cat([prompts, inputs], 1), positions, torch.cat([sees, own], 2)[:, None], targets
 
 
 def group_logprobs(
@@ -238,49 +262,27 @@ def group_logprobs(
 ) -> list[list[Tensor]]:
     """log p of every response token, differentiable: `logprobs` for several (prompt_ids, responses) in one forward.
 
-    Returns one list per group, one (T,) float32 tensor per response. All groups are padded to the longest prompt, the
-    most responses and the longest response among them; the caller chooses how many fit in memory. The mean of −log p over
-    tokens sampled at this temperature (top_p 1) is an unbiased estimate of the policy's entropy: log that.
+    Returns one list per group with one (T,) tensor per response, float32 also for a bf16 model. The caller chooses how
+    many groups fit in memory. The mean of −log p over tokens sampled at this temperature (top_p 1, top_k 0) is an
+    unbiased estimate of the policy's entropy.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; greedy sampling has no log-probs: use one above 0.")
+    if any(len(prompt) == 0 or not responses or min(map(len, responses)) == 0 for prompt, responses in groups):
+        raise ValueError("Every group needs a prompt and responses of at least one token each.")
     core = getattr(model, "module", model)  # under DistributedDataParallel
-    if core.config._attn_implementation != "shared_prompt":
+    ids, positions, mask, targets = (x.to(core.device) for x in pack(groups))
+    window = getattr(core.config.get_text_config(), "sliding_window", None)
+    if window is not None and positions.max() >= window:
+        raise ValueError(f"The model attends to {window} tokens at a time; prompt and response must fit in there.")
+    if core.config._attn_implementation != "shared_prompt":  # stays on: a checkpointed layer runs again in backward
         core.set_attn_implementation("shared_prompt")
-    b, g = len(groups), max(len(responses) for _, responses in groups)
-    p = max(len(prompt) for prompt, _ in groups) - 1
-    t = max((len(response) for _, responses in groups for response in responses), default=0)
-    if t == 0:
-        return [[torch.zeros(0, device=core.device) for _ in responses] for _, responses in groups]
-    # Row: prompt without its last token, then G blocks [last prompt token, response without its last token], so that
-    # every block holds exactly the tokens whose successors we score, and no prompt logits are ever computed.
-    prompts = torch.zeros(b, p, dtype=torch.long)
-    blocks, targets = torch.zeros(2, b, g, t, dtype=torch.long)
-    lengths = torch.tensor([len(prompt) - 1 for prompt, _ in groups])  # (B,)
-    for i, (prompt, responses) in enumerate(groups):
-        prompts[i, : len(prompt) - 1] = prompt[:-1]
-        for j, response in enumerate(responses):
-            blocks[i, j, : len(response)] = torch.cat([prompt[-1:], response[:-1]])
-            targets[i, j, : len(response)] = response
-    positions = torch.cat([torch.arange(p).expand(b, p), (lengths[:, None, None] + torch.arange(t)).expand(b, g, t).flatten(1)], 1)
-    sees_prompt = (torch.arange(p) < lengths[:, None])[:, None, None].expand(b, g, t, p)
-    mask = torch.cat([sees_prompt, torch.ones(t, t, dtype=torch.bool).tril().expand(b, g, t, t)], 3)  # (B, G, T, P + T)
-    out = model(
-        input_ids=torch.cat([prompts, blocks.flatten(1)], 1).to(core.device),
-        attention_mask=mask.to(core.device),
-        position_ids=positions.to(core.device),
-        use_cache=False,
-        logits_to_keep=g * t,
-    )
-    logits = out.logits.unflatten(1, (g, t))  # (B, G, T, V)
-    result = []
-    for i, (_, responses) in enumerate(groups):
-        targets_i = targets[i].to(core.device)
-        result.append([
-            -F.cross_entropy(logits[i, j, : len(r)].float() / temperature, targets_i[j, : len(r)], reduction="none")
-            for j, r in enumerate(responses)
-        ])
-    return result
+    keep = targets.shape[1]
+    out = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=keep)
+    logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)) / temperature  # (B, R, V)
+    logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    lengths = [[len(response) for response in responses] for _, responses in groups]
+    return [list(row[: sum(ls)].split(ls)) for row, ls in zip(logp, lengths)]
 
 
 def logprobs(model, prompt_ids: Tensor, responses: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
@@ -347,14 +349,13 @@ def policy_loss(
 ) -> Tensor:
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
-    `n_tokens` counts the response tokens of the WHOLE batch, so the losses of its micro-batches add up. Every token weighs
-    the same: no 1/|o| per response, which would favour long failures. Without `old_logprobs` the batch is on-policy: the
-    ratio is 1, the clip never acts, and the gradient is −A ∇log p.
+    `n_tokens` counts the response tokens of the WHOLE batch, so the losses of its micro-batches add up. Every token
+    weighs the same: no 1/|o| per response, which would favour long failures. Without `old_logprobs` the batch is
+    on-policy: the ratio is 1, the clip never acts, and the gradient is −A ∇log p.
     """
-    lengths = torch.tensor([len(logp) for logp in logprobs])
     new = torch.cat(list(logprobs))  # (tokens,)
-    old = new.detach() if old_logprobs is None else torch.cat(list(old_logprobs)).detach().to(new)
-    weight = torch.as_tensor(advantages, dtype=new.dtype).cpu().repeat_interleave(lengths).to(new.device)
+    old = new.detach() if old_logprobs is None else torch.cat(list(old_logprobs)).detach()
+    weight = torch.cat([torch.full_like(row.detach(), float(a)) for row, a in zip(logprobs, advantages, strict=True)])
     ratio = torch.exp(new - old)
     return -torch.minimum(ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight).sum() / n_tokens
 
@@ -363,46 +364,47 @@ class MasterAdamW:
     """AdamW whose steps are not lost in bf16.
 
     At lr 1e-6 a step is smaller than half the gap between neighbouring bf16 numbers, and 98% of the weights would never
-    move. So bf16 parameters get float32 masters, with the moments, on the CPU: the GPU holds 2 + 2 bytes per parameter.
-    Parameters in float32 are their own masters, and this is plain AdamW.
+    move. So parameters in 16 bits get float32 masters, and the moments, on the CPU: the GPU holds 2 + 2 bytes per
+    parameter, weight and gradient. Parameters in float32 are their own masters, and this is plain AdamW.
     """
 
     def __init__(self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)) -> None:
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().cpu() for p in self.params]
+        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`."""
+        self.params, self.max_norm = [p for p in model.parameters() if p.requires_grad], max_norm
+        self.masters = [p.detach().cpu().float() if p.dtype.itemsize < 4 else p for p in self.params]
+        self.copies = [(p, m) for p, m in zip(self.params, self.masters) if p is not m]
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        self.max_norm = max_norm
 
     def step(self) -> float:
-        """Clip, step, and return the gradient norm before clipping. A norm that is not finite skips the step."""
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)) if grads else 0.0
+        """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
         if math.isfinite(norm):
-            for param, master in zip(self.params, self.masters):
-                if master is not param:
-                    master.grad = None if param.grad is None else param.grad.float().cpu()
+            for param, master in self.copies:
+                master.grad = None if param.grad is None else param.grad.cpu().float()
             self.adamw.step()
-            with torch.no_grad():
-                for param, master in zip(self.params, self.masters):
-                    if master is not param:
-                        param.copy_(master)
-                        master.grad = None
+            self._publish()
         self.zero_grad()
         return norm
 
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for param, master in self.copies:
+            param.copy_(master)
+
     def zero_grad(self) -> None:
-        for param in self.params:
-            param.grad = None
+        for tensor in [*self.params, *self.masters]:
+            tensor.grad = None
 
     def state_dict(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "masters": [m.detach().clone() for m in self.masters]}
+        """The moments and the masters, from which the model's own weights follow."""
+        return {"adamw": self.adamw.state_dict(), "masters": [master.detach() for master in self.masters]}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
-        with torch.no_grad():
-            for param, master, saved in zip(self.params, self.masters, state["masters"]):
-                master.copy_(saved)
-                param.copy_(master)
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+        self._publish()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,8 +434,9 @@ class EvolutionTree:
         self.c, self.rounds, self.nodes = c, 0, []  # rounds: N, the selections so far
         self.add(None, instructions, score, scores, summary)
 
-    def add(self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None,
-            note: str = "") -> Node:
+    def add(
+        self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None, note=""
+    ) -> Node:
         """Attach an edit. A score of None or NaN records an invalid one, with the reason in `note`."""
         parent = parent.id if isinstance(parent, Node) else parent
         if self.nodes and parent not in range(len(self.nodes)):
@@ -455,7 +458,7 @@ class EvolutionTree:
         return max(self.scored(), key=lambda node: (node.score, node.id))
 
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
-        """The node to edit next; counts the visit. Only "pareto" draws, from `seed` and the round: resuming repeats it."""
+        """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
         nodes = self.scored()
         if rule == "ucb":  # over ALL nodes, not only leaves; before the first round there is nothing to explore yet
             log_n = math.log(max(1, self.rounds))
@@ -474,7 +477,10 @@ class EvolutionTree:
         return chosen
 
     def pareto_front(self) -> tuple[list[Node], list[int]]:
-        """GEPA's candidates and their weights: not dominated, best on at least one problem, on how many they are best."""
+        """GEPA's candidates and their weights: not dominated, best on at least one problem; on how many they are best.
+
+        A node is dominated if another scores no less on every problem and more on one.
+        """
         nodes = self.scored()
         if any(node.scores is None or len(node.scores) != len(nodes[0].scores or []) for node in nodes):
             raise ValueError("The rule pareto needs one score per holdout problem, the same problems for every node.")
@@ -488,7 +494,7 @@ class EvolutionTree:
         return front, [wins[node.id] for node in front]
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, exactly reversible. First under another name, so that a kill leaves the old file or the new one."""
+        """Write JSON, exactly reversible; first under another name, so that a kill leaves the old file or the new."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"c": self.c, "rounds": self.rounds, "nodes": [asdict(node) for node in self.nodes]}
