@@ -188,7 +188,9 @@ score = st.none() | st.floats(0, 1)
 @given(st.lists(st.tuples(anything, score, st.lists(st.floats(0, 1), max_size=3) | st.none(), anything), max_size=5))
 def test_save_and_load_round_trip_exactly(tmp_path_factory, edits):
     path = tmp_path_factory.mktemp("trees") / "deep" / "tree.json"
-    tree = EvolutionTree("Grüße, 世界 \ud800 </script>\u2028", 1 / 3, [0.1 + 0.2], c=0.3, summary=[{"id": "é", "r": True}])
+    tree = EvolutionTree(
+        "Grüße, 世界 \ud800 </script>\u2028", 1 / 3, [0.1 + 0.2], c=0.3, summary=[{"id": "é", "r": True}]
+    )
     for text, value, scores, note in edits:
         tree.add(tree.nodes[-1], text, value, scores, [{"question": text}], note)
     tree.select("ucb")
