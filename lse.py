@@ -328,8 +328,9 @@ def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tenso
     if kind == "score":  # the paper's counter-example: favours start states that were good already
         return score
     if kind == "grpo":  # group mean and unbiased std; equal scores (up to rounding) say nothing: exactly zero
-        mean, std = score.mean(1, keepdim=True), score.std(1, keepdim=True)
-        return torch.where(std > 1e-6, (score - mean) / std, 0.0)
+        centred = score - score.mean(1, keepdim=True)
+        std = (centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)).sqrt()
+        return torch.where(std > 1e-6, centred / std, 0.0)
     if kind == "batch":
         return delta - delta.mean()
     if kind == "node":
