@@ -72,7 +72,7 @@ def llama():
     return LlamaForCausalLM(config)
 
 
-# --- log-probs: the shared prompt equals the naive way -----------------------------------------------------------------
+# --- log-probs: the shared prompt equals the naive way ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -177,7 +177,7 @@ def test_a_sliding_window_shorter_than_the_row_is_refused():
         logprobs(model, torch.arange(9), [tensor([6, 7])])
 
 
-# --- advantages --------------------------------------------------------------------------------------------------------
+# --- advantages ------------------------------------------------------------------------------------------------------
 
 AFTER = tensor([[0.9, 0.5, 0.1], [0.4, 0.4, 0.4], [0.2, math.nan, 0.6]])  # an invalid edit has no score
 BEFORE = tensor([0.8, 0.3, 0.2])
@@ -196,7 +196,7 @@ VALID = tensor([[True, True, True], [True, True, True], [True, False, True]])
             "batch",
             [[0.1 + 1.2 / 9, -0.3 + 1.2 / 9, -0.7 + 1.2 / 9], [0.1 + 1.2 / 9] * 3, [1.2 / 9, -0.8666667, 0.5333333]],
         ),
-        # node means of delta -.3, .1, -.2 at .8, .3, .2: slope -.076667 / .206667 * 1 = -.370968, mean -.133333 at .433333
+        # node means of delta -.3, .1, -.2 at .8, .3, .2: slope -.076667 / .206667, mean -.133333 at .433333
         ("line", [[0.3693548, -0.0306452, -0.4306452], [0.1838710] * 3, [0.0467742, -0.9532258, 0.4467742]]),
     ],
 )
@@ -245,7 +245,7 @@ def test_line_removes_any_line_and_needs_no_groups():
     assert torch.allclose(advantages("line", after, same, ones), advantages("batch", after, same, ones), atol=1e-6)
 
 
-# --- loss --------------------------------------------------------------------------------------------------------------
+# --- loss ------------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_by_hand_is_minus_a_over_all_tokens():
@@ -381,7 +381,7 @@ def test_text_is_never_tokenised_again():
         assert len(logp) == len(sample.ids)
 
 
-# --- optimiser ---------------------------------------------------------------------------------------------------------
+# --- optimiser -------------------------------------------------------------------------------------------------------
 
 
 def one_backward(model, seed: int = 0) -> None:
@@ -505,7 +505,7 @@ def test_frozen_parameters_stay():
     assert torch.equal(frozen, before) and len(optimizer.masters) == len(list(model.parameters())) - 1
 
 
-# --- all together ------------------------------------------------------------------------------------------------------
+# --- all together ----------------------------------------------------------------------------------------------------
 
 
 def test_it_learns():

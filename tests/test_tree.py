@@ -90,7 +90,7 @@ def test_ucb_by_hand():
     assert tree.select("ucb").id == 0  # N = 0: nothing to explore, the only node
     tree.add(0, "worse", 0.4)
     assert tree.rounds == 1 and tree.select("ucb").id == 0  # N = 1: ln 1 = 0, so the better score wins
-    # N = 2, root visited twice: 0.5 + 2 sqrt(ln 2 / 2) = 1.677; child never visited, counted as once: 0.4 + 1.665 = 2.065
+    # N = 2, root visited twice: 0.5 + 2 sqrt(ln 2 / 2) = 1.677; child, v = 0, counts as 1: 0.4 + 1.665 = 2.065
     assert tree.select("ucb").id == 1
     # N = 3: root 0.5 + 2 sqrt(ln 3 / 2) = 1.982; child, v = 1: 0.4 + 2 sqrt(ln 3) = 2.496
     assert tree.select("ucb").id == 1
