@@ -93,13 +93,15 @@ class LocalModel:
             m | {"content": self.controls.sub(lambda hit: f"{mark}{found.index(hit[0])}{mark}", m["content"])}
             for m in chat
         ]
+        forged = self.tokenizer.convert_tokens_to_ids(found)  # a vocabulary of whole words cannot spell them: dropped
         ids = []
         for i, piece in enumerate(self.controls.split(self.render(safe))):  # text, control, text, ..., text
             if i % 2:
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             else:
                 text = re.sub(f"{mark}([0-9]+){mark}", lambda stand_in: found[int(stand_in[1])], piece)
-                ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                ids += [token for token in plain if token not in forged]
         return ids
 
     def sample(
@@ -164,7 +166,7 @@ class LocalModel:
         rest = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True, padding_value=pad).to(device)  # (distinct, R)
         lengths = torch.tensor([len(r) for r in rests], device=device)
         real = torch.arange(rest.shape[1], device=device) < lengths[:, None]
-        common = torch.tensor(distinct[0][:prefix], device=device).expand(len(distinct), prefix)
+        common = torch.tensor(distinct[0][:prefix], dtype=torch.long, device=device).expand(len(distinct), prefix)
         last = torch.tensor([[prompt[-1]] for prompt in distinct], device=device)
         ids = torch.cat([common, rest, last], 1)
         mask = torch.cat([torch.ones_like(common), real.long(), torch.ones_like(last)], 1)
@@ -326,8 +328,9 @@ def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tenso
     if kind == "score":  # the paper's counter-example: favours start states that were good already
         return score
     if kind == "grpo":  # group mean and unbiased std; equal scores (up to rounding) say nothing: exactly zero
-        mean, std = score.mean(1, keepdim=True), score.std(1, keepdim=True)
-        return torch.where(std > 1e-6, (score - mean) / std, 0.0)
+        centred = score - score.mean(1, keepdim=True)
+        std = (centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)).sqrt()
+        return torch.where(std > 1e-6, centred / std, 0.0)
     if kind == "batch":
         return delta - delta.mean()
     if kind == "node":

@@ -90,7 +90,7 @@ def test_ucb_by_hand():
     assert tree.select("ucb").id == 0  # N = 0: nothing to explore, the only node
     tree.add(0, "worse", 0.4)
     assert tree.rounds == 1 and tree.select("ucb").id == 0  # N = 1: ln 1 = 0, so the better score wins
-    # N = 2, root visited twice: 0.5 + 2 sqrt(ln 2 / 2) = 1.677; child never visited, counted as once: 0.4 + 1.665 = 2.065
+    # N = 2, root visited twice: 0.5 + 2 sqrt(ln 2 / 2) = 1.677; child, v = 0, counts as 1: 0.4 + 1.665 = 2.065
     assert tree.select("ucb").id == 1
     # N = 3: root 0.5 + 2 sqrt(ln 3 / 2) = 1.982; child, v = 1: 0.4 + 2 sqrt(ln 3) = 2.496
     assert tree.select("ucb").id == 1
@@ -188,7 +188,9 @@ score = st.none() | st.floats(0, 1)
 @given(st.lists(st.tuples(anything, score, st.lists(st.floats(0, 1), max_size=3) | st.none(), anything), max_size=5))
 def test_save_and_load_round_trip_exactly(tmp_path_factory, edits):
     path = tmp_path_factory.mktemp("trees") / "deep" / "tree.json"
-    tree = EvolutionTree("Grüße, 世界 \ud800 </script>\u2028", 1 / 3, [0.1 + 0.2], c=0.3, summary=[{"id": "é", "r": True}])
+    tree = EvolutionTree(
+        "Grüße, 世界 \ud800 </script>\u2028", 1 / 3, [0.1 + 0.2], c=0.3, summary=[{"id": "é", "r": True}]
+    )
     for text, value, scores, note in edits:
         tree.add(tree.nodes[-1], text, value, scores, [{"question": text}], note)
     tree.select("ucb")
