@@ -123,18 +123,17 @@ class LocalModel:
         options |= {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         pending = self._pack(rows, max_new_tokens)[::-1]
         while pending:
-            rows = pending.pop()
+            batch, samples = pending.pop(), None
             try:
-                samples = self._generate(rows, options)
+                samples = self._generate(batch, options)
             except torch.OutOfMemoryError:
-                if len(rows) == 1:
+                if len(batch) == 1:
                     raise
-                samples = None
-            if samples is None:  # outside of `except`, where the traceback would still hold the batch's tensors
+            if samples is None:  # not within `except`, whose traceback still holds the batch's tensors
                 torch.cuda.empty_cache()
-                pending += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+                pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
                 continue
-            for row, sample in zip(rows, samples):
+            for row, sample in zip(batch, samples):
                 drawn[row].append(sample)
         return [[drawn[prompt][0]] * n if greedy else [drawn[prompt].pop() for _ in range(n)] for prompt in prompts]
 
@@ -153,8 +152,9 @@ class LocalModel:
     def _generate(self, rows: list[tuple[int, ...]], options: dict) -> list[Sample]:
         """One batch. What is common is prefilled once: the prefix of all rows, then the rest of every distinct prompt.
 
-        Layout of a row: prefix, rest, padding, last prompt token. The padding follows the rest, so that no query is
-        fully masked; positions count real tokens only. The last token is left to `generate`, which must start from one.
+        Layout of a row: prefix, rest, padding, last prompt token. Padding that follows needs no mask while prefilling;
+        later the mask hides it, and positions count real tokens only. The last token is left to `generate`, which must
+        start from one.
         """
         model, device = self.model, self.model.device
         distinct = sorted(set(rows))
@@ -180,9 +180,7 @@ class LocalModel:
                 model(common[:1], past_key_values=cache, logits_to_keep=1)
                 cache.batch_select_indices(torch.zeros_like(lengths))
             if rest.shape[1]:
-                positions = prefix + torch.arange(rest.shape[1], device=device).expand_as(rest)
-                seen = {"attention_mask": mask[:, :-1], "past_key_values": cache}
-                model(rest, position_ids=positions, logits_to_keep=1, **seen)
+                model(rest, past_key_values=cache, logits_to_keep=1)
             if prefix + rest.shape[1]:
                 cache.batch_select_indices(owner)
             out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
