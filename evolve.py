@@ -14,15 +14,18 @@ Left out on purpose: parallel rounds of one tree (each edit reads the one before
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import asdict, dataclass, field, fields, replace
-from statistics import fmean, stdev
+from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import Answer, Problem, extract_tag
-from lse import EvolutionTree, Node, Sample
+from lse import EvolutionTree, LocalModel, Sample
 
 
 def option(default, text: str):
@@ -52,18 +55,26 @@ class Settings:
     max_prompt_tokens: int = option(0, "longest editor prompt; problems are dropped from the summary to fit. 0: no limit")
 
 
-PAPER = dict(rounds=25, k=10, holdout=50, test=50, samples=8, c=2.0, solver_tokens=2048, editor_tokens=4096,
-             solver_temperature=0.7, editor_temperature=0.7, top_p=0.8, top_k=20)
-PRESETS = {  # the miniature's solver is so sure of itself that greedy decoding and one answer lose nothing
+PRESETS = {  # what a field left at None becomes
+    # The miniature's solver is so sure of itself that one greedy answer loses nothing; c was chosen on its dev domains.
     "mini": dict(rounds=10, k=4, holdout=8, test=32, samples=1, c=0.3, solver_tokens=16, editor_tokens=40,
                  solver_temperature=0.0, editor_temperature=1.0, top_p=1.0, top_k=0),
+    "paper": dict(rounds=25, k=10, holdout=50, test=50, samples=8, c=2.0, solver_tokens=2048, editor_tokens=4096,
+                  solver_temperature=0.7, editor_temperature=0.7, top_p=0.8, top_k=20),
+    # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
+    "rehearsal": dict(rounds=2, k=2, holdout=4, test=4, samples=1, c=2.0, solver_tokens=32, editor_tokens=64,
+                      solver_temperature=0.7, editor_temperature=0.7, top_p=0.8, top_k=20),
 }
 
 
-def with_presets(settings: Settings) -> Settings:
-    """The same settings with every None filled in from the task's preset, the paper's values where it has none."""
-    preset = PRESETS.get(settings.task, PAPER)
-    return replace(settings, **{name: value for name, value in preset.items() if getattr(settings, name) is None})
+def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote: bool = False) -> Settings:
+    """The same settings with every None filled in: the miniature's values, the paper's, or without a GPU a rehearsal's.
+
+    `remote`: the models run elsewhere, so this machine needs no GPU. `presets` adds to those that both scripts share.
+    """
+    kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
+    values = PRESETS[kind] | presets[kind]
+    return replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
 
 
 def solver_sampling(s: Settings) -> dict:
@@ -72,6 +83,19 @@ def solver_sampling(s: Settings) -> dict:
 
 def editor_sampling(s: Settings) -> dict:
     return dict(max_new_tokens=s.editor_tokens, temperature=s.editor_temperature, top_p=s.top_p, top_k=s.top_k)
+
+
+def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
+    """A checkpoint folder or hub name: bf16 on a GPU if there is one, else float32 on the CPU."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        dtype = torch.bfloat16 if device != "cpu" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        where = "a folder without a checkpoint" if Path(name).is_dir() else "neither a folder here nor to be had from the hub"
+        raise SystemExit(f"{name} is {where}: {str(error).splitlines()[0]}") from None
+    return LocalModel(model, tokenizer, max_batch_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
