@@ -106,7 +106,7 @@ class RemoteModel:
         hint = {401: "put a valid key into LSE_API_KEY", 403: "put a key that may use this model into LSE_API_KEY",
                 404: "check the URL (it ends in /v1) and the model's name", 400: "change the request or the model"}
         do = hint.get(status, "see that the server is up and not overloaded, then run again")
-        raise ConnectionError(f"{self} failed, attempt {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: {do}")
+        raise ConnectionError(f"{self} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: {do}")
 
     def _complete(self, chat: list[dict[str, str]], body: dict) -> list[Sample]:
         """The usable choices of one request, counted. ValueError, with the reply, if there are none."""

@@ -20,8 +20,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to fail. kind: "status" (an error reply with `status`, `message` and perhaps a Retry-After header), "raw" (200 with `message` as the whole body), "empty" (no choices), "null" (a choice whose content is
-    null; `finish` is its finish_reason), "hang" (no answer until the server ends), "close" (the connection is cut)."""
+    """A way to fail. kind: "status" (an error reply with `status`, `message` and perhaps a Retry-After header),
+    "raw" (200 with `message` as the whole body), "empty" (no choices), "null" (a choice whose content is null and whose
+    finish_reason is `finish`), "hang" (no answer until the server ends), "close" (the connection is cut)."""
 
     kind: str = "status"
     status: int = 500
@@ -65,7 +66,10 @@ def cut(text: str, limit: int | None) -> tuple[str, str]:
     return (" ".join(words[:limit]), "length") if limit is not None and len(words) > limit else (text, "stop")
 
 
-def handler(server: Server, reply: Callable[[list, dict], Reply], models: tuple[str, ...], over: threading.Event) -> type:
+def handler(server: Server, reply: Callable[[list, dict], Reply], models: tuple[str, ...],
+            over: threading.Event) -> type[BaseHTTPRequestHandler]:
+    """The request handler of `serve`; setting `over` lets go of the requests that hang."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # connections stay open between requests, as with real servers
 
