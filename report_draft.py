@@ -61,7 +61,7 @@ def layout(tree: Any) -> tuple[list[int], dict[int, int], set[int]]:
         if node.id and heir[node.parent] == node.id:
             columns.append(columns[node.parent])
             continue
-        last, column = node.id, columns[node.parent] + 1 if node.id else 0
+        last, column = node.id, columns[node.parent] if node.id else 0
         while last in heir:
             last = heir[last]
         while any(column == other and node.id <= end and begin <= last for other, begin, end in taken):
@@ -102,7 +102,8 @@ def fate(tree: Any, node: Any) -> tuple[str, str]:
     """How an edit turned out: its score, and its distance from the parent's score, coloured (a tspan, for SVG)."""
     if node.score is None:
         return "invalid", ""
-    by = node.score - tree.nodes[node.parent or 0].score
+    before = tree.nodes[node.parent or 0].score
+    by = node.score - before if before is not None else 0.0
     change = f'<tspan class="{"up" if by > 0 else "down"}">{by:+.3f}</tspan>' if by else ""
     return f"{node.score:.3f}", change + (" ★ best" if node is tree.best() else "")
 
@@ -203,20 +204,20 @@ def write_report(path: str | Path, runs: dict[str, Any], title: str = "Learning 
     rows, body = "<tr><th>run</th><th>seed</th><th>best</th><th>gain</th><th>invalid</th></tr>", ""
     for k, (label, tree) in enumerate(runs.items()):
         seed, best, name, rounds = tree.nodes[0], tree.best(), f"t{k}", len(tree.nodes) - 1
-        cells = (f'<svg width="28" height="10"><path style="{stroke(k)}" d="M0 5H28"/></svg> <a href="#{name}">{esc(label)}</a>',
-                 f"{seed.score:.3f}", f"{best.score:.3f}", f"{best.score - seed.score:+.3f}",
-                 f"{sum(node.score is None for node in tree.nodes)} of {rounds}")
+        line = f'<svg width="28" height="10"><path style="{stroke(k)}" d="M0 5H28"/></svg>'
+        cells = (f'{line} <a href="#{name}">{esc(label)}</a>', f"{seed.score:.3f}", f"{best.score:.3f}",
+                 f"{best.score - seed.score:+.3f}", f"{sum(node.score is None for node in tree.nodes)} of {rounds}")
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         nodes = "".join(node_html(tree, node, name, chip(node.score)) for node in tree.nodes)
         body += f"""<h2 id="{name}">{esc(label)}: {seed.score:.3f} → {best.score:.3f}</h2><div class="cols"><figure>
-{tree_svg(tree, name, low, high)}<figcaption>{legend}<br/>One row a round, oldest on top. Thick: the way to the best node.
-✗: invalid edit.</figcaption></figure><div><h3>Best instructions (#{best.id})</h3><pre>{esc(best.instructions)}</pre>
-<h3>All nodes</h3>{nodes}</div></div>"""
+{tree_svg(tree, name, low, high)}<figcaption>{legend}<br/>One row a round, oldest on top. Thick: the way to the best
+node. ✗: invalid edit.</figcaption></figure><div><h3>Best instructions (#{best.id})</h3>
+<pre>{esc(best.instructions)}</pre><h3>All nodes</h3>{nodes}</div></div>"""
     Path(path).write_text(f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
 <title>{esc(title)}</title><style>{CSS}</style></head><body><h1>{esc(title)}</h1><div class="cols"><div>
-<table>{rows}</table><p class="dim">Holdout scores. They guided the search, so the best one is optimistic: trust the test
-split.</p></div><div>{chart_svg(list(runs.values()), low, high)}<br/><span class="dim">Line: best so far. Dot: the round's
-own edit.</span></div></div>{body}</body></html>
+<table>{rows}</table><p class="dim">Holdout scores. They guided the search, so the best one is optimistic: trust the
+test split.</p></div><div>{chart_svg(list(runs.values()), low, high)}<br/><span class="dim">Line: best so far. Dot: the
+round's own edit.</span></div></div>{body}</body></html>
 """, encoding="utf-8")
