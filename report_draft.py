@@ -14,23 +14,25 @@ from typing import Any
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Wide and narrow, light and dark; colours that the colour-blind can tell apart, each with a number or a sign beside it.
-CSS = """:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#5b6570;--rule:#ccd3da;--box:#f4f6f8;--up:#005f9e;
+CSS = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#5b6570;--rule:#ccd3da;--box:#f4f6f8;--up:#005f9e;
 --down:#a84300;--ins:#cfe6fa;--del:#fbdcc4;--c0:#0072b2;--c1:#d55e00;--c2:#008060;--c3:#a8428f}
 @media(prefers-color-scheme:dark){:root{--bg:#14171a;--fg:#e4e8ec;--dim:#9aa5b0;--rule:#39424a;--box:#1d2226;
---up:#6cb8ef;--down:#f2a35e;--ins:#174a70;--del:#6b3a12;--c0:#56b4e9;--c1:#f08c3a;--c2:#2fc39a;--c3:#e39acb}}body{
-margin:auto;max-width:76rem;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}a{
-color:var(--up)}h2{margin:2rem 0 1rem;padding-top:1rem;border-top:1px solid var(--rule)}h3{font-size:1rem;
-margin:1rem 0 .3rem}.cols{display:grid;gap:1rem 2.5rem;grid-template-columns:24rem minmax(0,1fr)}figure{margin:0;
-align-self:start;position:sticky;top:1rem}@media(max-width:50rem){.cols{grid-template-columns:minmax(0,1fr)}figure{
-position:static}}svg{max-width:100%;height:auto}text{fill:var(--fg);font:13px system-ui,sans-serif}path,line{fill:none;
-stroke:var(--rule)}circle{stroke:var(--fg)}.edge{stroke:var(--dim);stroke-width:1.5}.way{stroke:var(--fg);
-stroke-width:4}.dim,figcaption{color:var(--dim);fill:var(--dim)}.up{color:var(--up);fill:var(--up)}.down{
-color:var(--down);fill:var(--down)}pre{background:var(--box);padding:.6rem;border-radius:.4rem;margin:.2rem 0;
-font:14px/1.5 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}ins{background:var(--ins)}del{
-background:var(--del)}:target{scroll-margin-top:4rem}details{border-bottom:1px solid var(--rule);padding:.3rem 0}
-summary{cursor:pointer;overflow-wrap:anywhere}details details{border:0;margin-left:1rem}td,th{
-padding:.2rem .8rem .2rem 0;text-align:left}i{display:inline-block;width:.9em;height:.9em;border:1px solid var(--fg);
-border-radius:50%;vertical-align:-.1em}"""
+--up:#6cb8ef;--down:#f2a35e;--ins:#174a70;--del:#6b3a12;--c0:#56b4e9;--c1:#f08c3a;--c2:#2fc39a;--c3:#e39acb}}
+body{margin:auto;max-width:76rem;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}a{color:var(--up)}h2{margin:2rem 0 1rem;padding-top:1rem;border-top:1px solid var(--rule)}
+h3{font-size:1rem;margin:1rem 0 .3rem}.cols{display:grid;gap:1rem 2.5rem;grid-template-columns:24rem minmax(0,1fr)}
+figure{margin:0;align-self:start;position:sticky;top:1rem}
+@media(max-width:50rem){.cols{grid-template-columns:minmax(0,1fr)}figure{position:static}}
+svg{max-width:100%;height:auto}text{fill:var(--fg);font:13px system-ui,sans-serif}
+path,line{fill:none;stroke:var(--rule)}circle{stroke:var(--fg)}.edge{stroke:var(--dim);stroke-width:1.5}
+.way{stroke:var(--fg);stroke-width:4}.dim,figcaption{color:var(--dim);fill:var(--dim)}
+.up{color:var(--up);fill:var(--up)}.down{color:var(--down);fill:var(--down)}
+pre{background:var(--box);padding:.6rem;border-radius:.4rem;margin:.2rem 0;font:14px/1.5 ui-monospace,monospace;
+white-space:pre-wrap}ins{background:var(--ins)}del{background:var(--del)}:target{scroll-margin-top:4rem}
+details{border-bottom:1px solid var(--rule);padding:.3rem 0}summary{cursor:pointer}
+details details{border:0;margin-left:1rem}td,th{padding:.2rem .8rem .2rem 0;text-align:left}td+td{white-space:nowrap}
+i{display:inline-block;width:.9em;height:.9em;border:1px solid var(--fg);border-radius:50%;vertical-align:-.1em}"""
 
 
 def clean(text: str) -> str:
