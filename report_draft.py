@@ -184,8 +184,11 @@ def node_html(tree: Any, node: Any, name: str, chip: str) -> str:
     elif parent is not None:
         was, now = ((each.instructions + "\n").splitlines(keepends=True) for each in (parent, node))
         out += f"<h3>Changed from #{parent.id}</h3><pre>{diff(was, now)}</pre>"
-    out += f"<h3>Instructions</h3><pre>{esc(node.instructions)}</pre>"
-    out += f"<h3>Summary: {sum(one['correct'] for one in node.summary)} of {len(node.summary)} problems right</h3>"
+    heading = "Instructions" if node.score is not None else "What the editor wrote"
+    out += f"<h3>{heading}</h3><pre>{esc(node.instructions)}</pre>"
+    if node.summary:
+        right = sum(one["correct"] for one in node.summary)
+        out += f"<h3>Summary the editor saw: {right} of {len(node.summary)} problems right</h3>"
     for one in node.summary:
         facts = "".join(f'<div class="dim">{key}</div><pre>{esc(one[key][:4000])}</pre>'
                         for key in ("answer", "gold", "feedback", "response") if one[key])
