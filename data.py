@@ -77,6 +77,56 @@ def extract_tag(text: str, tag: str) -> str | None:
 # Text-to-SQL: BIRD and everything in its format
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+def cut(text: str, limit: int) -> str:
+    """`text` if it has at most `limit` characters, else its head and tail around a note that says so, `limit` in all.
+
+    >>> cut("SELECT " + "x, " * 40 + "y FROM t", 60)
+    'SELECT x, x, x, x,[... cut from 135 characters ...] y FROM t'
+    """
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate would stop the tokenizer
+    note = f"[... cut from {len(text)} characters ...]"
+    keep = max(0, limit - len(note))
+    return text if len(text) <= limit else (text[: keep - keep // 3] + note + text[len(text) - keep // 3 :])[:limit]
+
+
+def edit_messages(
+    role: str, instructions: str, summary: list[Answer], budget: int = 1500, reasoning: bool = False
+) -> list[dict]:
+    """The editor's chat, shared by every task: f_psi reads (c, S) and writes c'. One user message and no system
+    message, because some chat templates refuse one.
+
+    `role` ends "You improve the instructions of ..." and says what the solver does. Each field of a problem is cut to
+    `budget` characters and the old instructions to four times that: k problems take about (4 + 5k) * budget characters
+    at most. `reasoning` adds the solver's full text.
+
+    >>> chat = edit_messages("a solver", "Add.", [Answer("1", "1+1?", "<answer>3</answer>", "3", "2", False)])
+    >>> print(chat[0]["content"][:40])
+    You improve the instructions of a solver
+    """
+    problems = []
+    for i, a in enumerate(summary, 1):
+        verdict = "right" if a.correct else "WRONG, cut off at the token limit" if a.truncated else "WRONG"
+        fields = {"Question": a.question, "Full response": a.response if reasoning else "",
+                  "Model's answer": a.answer or "(none)", "Right answer": a.gold, "Verdict": verdict,
+                  "Feedback": a.feedback}  # fmt: skip
+        problems.append(f"## Problem {i}\n" + "\n".join(f"{k}: {cut(v, budget)}" for k, v in fields.items() if v))
+    content = f"""You improve the instructions of {role}. The model itself never changes; its instructions do.
+
+# Current instructions
+{cut(instructions, 4 * budget)}
+
+# What the model did under them: {sum(a.correct for a in summary)} of {len(summary)} right
+{chr(10).join(problems)}
+
+# Your task
+Work out why the wrong answers are wrong and what the right ones got right. Then write the full new instructions: they
+replace the old ones and will be judged on other questions of the same domain. Keep what works, add the rules and facts
+of this domain that these problems reveal, name likely mistakes, and do not merely repeat the questions above.
+Write them between <prompt> and </prompt>; only what stands between the tags counts."""
+    return [{"role": "user", "content": content}]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Multiple choice: MMLU-Redux, SuperGPQA, MMLU-Pro
 # ---------------------------------------------------------------------------------------------------------------------
