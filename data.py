@@ -14,8 +14,28 @@ What a task is: any object with the seven members below. Nothing here knows abou
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import csv
+import difflib
+import faulthandler
+import functools
+import glob
+import io
+import json
+import logging
+import math
+import os
+import pickle
 import re
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,480 @@ replace the old ones and will be judged on other questions of the same domain. K
 of this domain that these problems reveal, name likely mistakes, and do not merely repeat the questions above.
 Write them between <prompt> and </prompt>; only what stands between the tags counts."""
     return [{"role": "user", "content": content}]
+
+
+def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: float = 30.0) -> Grade:
+    """BIRD's verdict: `predicted` is right iff it returns the set of rows of `gold`, within `timeout` seconds each.
+
+    Rows are tuples of what SQLite returns, compared as Python compares them: order and duplicates do not count, column
+    order and number do; NULL equals NULL, 1 equals 1.0, '1' differs from 1; two empty results are equal. An error, a
+    timeout, text that holds no query and a gold query that fails are wrong. The database file must exist
+    (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
+    """
+    db = os.path.abspath(db_path)
+    answer = predicted.encode("utf-8", "replace").decode()  # lone surrogates cannot be logged; the verdict sees them
+    ok, expected = _gold_rows(db, os.stat(db).st_mtime_ns, gold, timeout)
+    if not ok:
+        return Grade(False, answer, f"the gold SQL fails: {expected}")
+    correct, feedback = _ask_worker(db, predicted, expected, timeout)
+    return Grade(correct, answer, feedback)
+
+
+def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> list[Grade]:
+    """`execution_match` of every (db_path, predicted, gold), side by side on all cores; identical jobs are run once.
+
+    `progress` names the progress bar, "" shows none. Gold queries go first: no two threads compute the same one.
+    """
+    unique = list(dict.fromkeys(jobs))
+    in_parallel(lambda job: gold_error(*job, timeout), list(dict.fromkeys((db, gold) for db, _, gold in unique)))
+    grades = dict(zip(unique, in_parallel(lambda job: execution_match(*job, timeout), unique, progress)))
+    return [grades[job] for job in jobs]
+
+
+def gold_error(db_path: str | Path, gold: str, timeout: float = 30.0) -> str:
+    """Why the gold query fails, "" if it runs. Its result is kept: grading against it does not run it again."""
+    db = os.path.abspath(db_path)
+    ok, error = _gold_rows(db, os.stat(db).st_mtime_ns, gold, timeout)
+    return "" if ok else error
+
+
+def in_parallel(work: Callable, items: list, progress: str = "") -> list:
+    """[work(item) for item in items] in one thread per core; each thread waits for a worker process of its own."""
+    from tqdm import tqdm
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, len(items)) or 1) as pool:
+        return list(tqdm(pool.map(work, items), desc=progress, total=len(items), disable=not progress, leave=False))
+
+
+@functools.lru_cache(maxsize=20_000)
+def _gold_rows(db: str, modified: int, gold: str, timeout: float) -> tuple[bool, bytes | str]:
+    """(True, the pickled result) or (False, the error), once per database as it is now and exact SQL text."""
+    return _ask_worker(db, gold, None, timeout)
+
+
+@functools.lru_cache(maxsize=None)
+def _idle_workers(pid: int) -> list[subprocess.Popen]:
+    """The worker processes of process `pid` that wait for work. By pid: a fork must not write to its parent's pipes."""
+    return []
+
+
+def _start_worker() -> subprocess.Popen:
+    """A fresh interpreter that runs `sql_worker`: not a fork, which is unsafe beside torch's threads and CUDA."""
+    here = Path(__file__).resolve()
+    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as d; d.sql_worker()"
+    # its own session: Ctrl-C is for the parent, which kills its workers at exit (a dead parent closes their stdin);
+    # one malloc arena: else the watchdog's thread reserves 64 MiB of address space
+    options = {"start_new_session": True, "env": {**os.environ, "MALLOC_ARENA_MAX": "1"}}
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+    atexit.register(worker.kill)
+    if worker.stdout.read(1) != b"+":
+        raise RuntimeError(f"the SQL worker did not start: run {sys.executable} -c {code!r} to see why")
+    return worker
+
+
+def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
+    """One request to an idle or a new worker: (verdict, feedback), or without `gold` (ran, pickled result or error)."""
+    idle, worker = _idle_workers(os.getpid()), None
+    while worker is None or worker.poll() is not None:
+        try:
+            worker = idle.pop()
+        except IndexError:
+            worker = _start_worker()
+    start, finished = time.monotonic(), True
+    try:
+        pickle.dump((db, sql, gold, timeout), worker.stdin)
+        worker.stdin.flush()
+        ok, answer, finished = pickle.load(worker.stdout)
+        return ok, answer
+    except (EOFError, OSError, pickle.UnpicklingError):  # the watchdog ended it, or the query did
+        late = time.monotonic() - start >= timeout
+        return False, f"timeout: the query ran for more than {timeout:g} s" if late else "the query crashed SQLite"
+    finally:
+        if finished:
+            worker.kill()
+            worker.communicate()  # reaps it and closes its pipes
+            atexit.unregister(worker.kill)
+        else:
+            idle.append(worker)
+
+
+def sql_worker() -> None:
+    """The loop of a worker process: requests from stdin, replies (ok, answer, last) to stdout, until stdin closes.
+
+    Hostile SQL meets four walls. The connection is read-only, and its authorizer allows to read and to call functions,
+    nothing else. A C watchdog ends the process at the time limit, even inside one endless function. The address space
+    may grow by 128 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
+    temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
+    """
+    ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    logging.disable()  # sqlglot would warn on stderr
+    sqlite3.connect(":memory:").execute("PRAGMA hard_heap_limit = 134217728")  # for the whole process
+    idle = _grow_by(None)
+    tell.write(b"+")
+    while True:
+        tell.flush()
+        try:
+            db, sql, gold, timeout = pickle.load(ask)
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(timeout, exit=True, file=quiet)
+        ok, answer = _run_request(db, sql, gold)
+        faulthandler.cancel_dump_traceback_later()
+        last = _grow_by(None) > idle + (64 << 20)  # the next query must not start from this one's memory
+        pickle.dump((ok, answer, last), tell)
+
+
+def _grow_by(extra: int | None) -> int:
+    """Allow `extra` more bytes of address space than now, None: no limit. Returns the bytes in use, 0 if unknown."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else used + extra, hard))
+        return used
+    return 0
+
+
+def _run_request(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
+    """In the worker: `_ask_worker`'s answer."""
+    want, expected = (None, "") if gold is None else pickle.loads(gold)
+    try:
+        _grow_by(4 << 30 if gold is None else 128 << 20)
+        rows, returned = _fetch(db, sql, want)
+    except Exception as error:  # sqlite3.Error, MemoryError, a NUL or a lone surrogate in the text: all are just wrong
+        _grow_by(None)
+        message = "out of memory" if isinstance(error, MemoryError) else cut(str(error), 300)
+        return False, message if gold is None else _explain(db, sql, message)
+    if gold is None:
+        return True, pickle.dumps((rows, returned))
+    correct = rows is not None and len(rows) == len(want)
+    return correct, "" if correct else f"your query returned {returned}; expected {expected}"
+
+
+def _fetch(db: str, sql: str, want: set | None) -> tuple[set | None, str]:
+    """The set of result rows and a line that describes them; the set is None if a row is not in `want`.
+
+    Only rows of `want` are kept and reading stops soon after the first other one: memory is bounded by the gold result.
+    """
+    rows, shown, refuted = set(), [], False
+    with contextlib.closing(_open_readonly(db)) as connection:
+        connection.set_authorizer(_authorize)
+        cursor = connection.execute(sql)
+        if cursor.description is None:
+            raise sqlite3.ProgrammingError("no query found, it belongs between <answer> and </answer>")
+        try:
+            for row in cursor:
+                if len(shown) < 5:
+                    shown.append(_brief(row))
+                if want is None or row in want:
+                    rows.add(row)
+                elif not refuted:  # wrong; a few more rows, if they come at once, make the better feedback
+                    refuted, soon = True, time.monotonic() + 0.2
+                    connection.set_progress_handler(lambda: time.monotonic() > soon, 1000)
+                if refuted and len(shown) == 5:
+                    break
+        except sqlite3.Error:
+            if not refuted:
+                raise
+    count = "rows such as" if refuted else f"{len(rows)} distinct row{'s' * (len(rows) != 1)}:"
+    returned = f"{count} {cut(', '.join(shown), 400)}{', ...' * (len(shown) == 5)}" if shown else "no rows"
+    return None if refuted else rows, returned
+
+
+def _open_readonly(db: str) -> sqlite3.Connection:
+    """`immutable` takes no locks and makes no files; a database with a live log beside it is opened without it."""
+    live = any(os.path.exists(db + end) and os.path.getsize(db + end) for end in ("-wal", "-journal"))
+    uri = Path(db).as_uri() + "?mode=ro" + ("" if live else "&immutable=1")  # as_uri escapes ?, # and %
+    return sqlite3.connect(uri, uri=True, isolation_level=None)
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    """SQLite asks once per table, column and function while it compiles a query."""
+    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
+    harmless = action == sqlite3.SQLITE_FUNCTION and second.lower() not in ("load_extension", "fts3_tokenizer")
+    return sqlite3.SQLITE_OK if action in allowed or harmless else sqlite3.SQLITE_DENY
+
+
+def _brief(row: tuple) -> str:
+    """A result row in at most about 400 characters, without a copy of a huge value.
+
+    >>> _brief((1, None, "x" * 10**6))[:30]
+    "(1, None, 'xxxxxxxxxxxxxxxxxxx"
+    """
+    values = [repr(v[:40]) + "..." * (len(v) > 40) if isinstance(v, (str, bytes)) else repr(v) for v in row[:8]]
+    return f"({', '.join(values)}{', ...' * (len(row) > 8)})"
+
+
+def _explain(db: str, sql: str, error: str) -> str:
+    """SQLite's `error` for the editor: not a SELECT, a syntax error with its place, an unknown name and the nearest."""
+    import sqlglot
+    from sqlglot import exp
+
+    try:
+        trees = [tree for tree in sqlglot.parse(sql[:20_000], read="sqlite") if tree]
+    except sqlglot.errors.ParseError as e:
+        at = e.errors[0]
+        place = f"line {at['line']}, column {at['col']}, near {at['highlight'][:80]!r}"
+        return f"syntax error at {place}: {at['description'].split(' but got <')[0].rstrip('.')} (SQLite: {error})"
+    except Exception:  # sqlglot gives up on stray quotes and on deep nesting
+        return f"SQL error: {error}"
+    if trees and (len(trees) > 1 or not isinstance(trees[0], (exp.Query, exp.Values))):
+        kinds = ", ".join(tree.key.upper() for tree in trees[:5])
+        return f"not a single SELECT but {kinds}: a query can only read (SQLite: {error})"
+    unknown = re.match(r"no such (table|column): (.+)", error)
+    if not unknown or not trees:
+        return f"SQL error: {error}"
+    columns = _columns(db)
+    owner, _, name = unknown[2].lower().rpartition(".")
+    if unknown[1] == "table":
+        real = {table.lower(): table for table in columns}
+    else:  # search the table that the qualifier stands for, else all tables of the query
+        used = {table.alias_or_name.lower(): table.name.lower() for table in trees[0].find_all(exp.Table)}
+        inside = {used[owner]} if owner in used else set(used.values())
+        real = {c.lower(): f"{t}.{c}" for t in columns if t.lower() in inside for c in columns[t]}
+    near = difflib.get_close_matches(name[:100], real, 1, 0.4)
+    owners = [t for t in columns if name in map(str.lower, columns[t])]
+    hint = f"; the nearest is {real[near[0]]}" if near else ""
+    return error + hint + (f"; {name} is a column of {', '.join(owners)}" if owners else "")
+
+
+def _columns(db: str) -> dict[str, list[str]]:
+    """The column names of every table and view."""
+    with contextlib.closing(_open_readonly(db)) as connection:
+        pairs = connection.execute(
+            "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type IN ('table', 'view')"
+        )
+        names: dict[str, list[str]] = {}
+        for table, column in pairs:
+            names.setdefault(table, []).append(column)
+    return names
+
+
+def extract_sql(response: str) -> str | None:
+    """The query of a response: what its last `<answer>` holds, else its last ```sql block, else its last block.
+
+    >>> extract_sql("```sql\\nSELECT 1;\\n``` or <answer>```sqlite\\nSELECT 2\\n```</answer>"), extract_sql("SELECT 3")
+    ('SELECT 2', None)
+    """
+    tagged = extract_tag(response, "answer")
+    blocks = re.findall(r"```[ \t]*(sql(?:ite3?)?\b|\w*(?=[ \t]*\n))(.*?)```", tagged or response, re.DOTALL | re.I)
+    sql = [text for language, text in blocks if language.lower().startswith("sql")] or [text for _, text in blocks]
+    return sql[-1].strip() if sql else tagged
+
+
+BIRD_FILES = {"mini_dev_sqlite.json": "minidev.zip", "dev.json": "dev.zip", "train.json": "train.zip"}
+BIRD_FIELDS = ("db_id", "question", "SQL", "evidence", "question_id", "difficulty")  # the first three are required
+
+
+def bird_remedy(file_name: str) -> str:
+    """Where to get a file of BIRD."""
+    archive = BIRD_FILES.get(file_name, "dev.zip")
+    return f"get it from https://bird-bench.oss-cn-beijing.aliyuncs.com/{archive} (see https://bird-bench.github.io)"
+
+
+def find_bird_files(path: Path) -> list[Path]:
+    """The question files in a folder, else up to two levels below, else up to two above; FileNotFoundError if none."""
+    if path.is_file():
+        return [path.resolve()]
+    for level in (".", "*", "*/*", "..", "../.."):
+        pattern = os.path.join(glob.escape(str(path)), level)
+        files = [file for name in BIRD_FILES for file in sorted(glob.glob(os.path.join(pattern, name)))]
+        if files:
+            return [Path(file).resolve() for file in files]
+    raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: unpack BIRD there, {bird_remedy('dev.json')}.")
+
+
+def column_meanings(folder: Path) -> dict[tuple[str, str], str]:
+    """(table, column), lower case -> meaning, from BIRD's `database_description/<table>.csv`; {} without the folder."""
+    meanings = {}
+    for file in sorted(folder.glob("*.csv")):
+        raw = file.read_bytes()
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        try:
+            text = raw.decode("utf-16" if wide else "utf-8-sig")
+        except UnicodeError:  # some were saved by Windows programs
+            text = raw.decode("cp1252", "replace")
+        for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
+            row = {k.strip().lower(): " ".join(v.split()) for k, v in row.items() if k and isinstance(v, str)}
+            column = row.get("original_column_name", "").lower()
+            parts = [row.get(k, "") for k in ("column_name", "column_description", "value_description")]
+            kept = [p for p in dict.fromkeys(parts) if p and p.lower() != column]
+            meanings[file.stem.lower(), column] = cut("; ".join(kept), 200)
+    return meanings
+
+
+def schema_text(db: Path, limit: int) -> str:
+    """The CREATE statements in the file, with sample values and the meanings of columns as comments.
+
+    At most `limit` characters: what does not fit goes in the order meanings, samples, middle, and the text says so.
+    """
+    meanings = column_meanings(db.parent / "database_description")
+    tables = []  # (CREATE statement, [(column, sample values, meaning)])
+    with contextlib.closing(_open_readonly(str(db))) as connection:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')").fetchall()
+        for table, create in [row for row in found if row[1] and not row[0].startswith("sqlite_")]:
+            cursor = connection.execute('SELECT * FROM "{}" LIMIT 100'.format(table.replace('"', '""')))
+            rows, columns = cursor.fetchall(), []
+            for i, (column, *_) in enumerate(cursor.description):
+                samples = dict.fromkeys(row[i] for row in rows if row[i] is not None)
+                columns.append((column, _brief(tuple(samples)[:3]), meanings.get((table.lower(), column.lower()), "")))
+            tables.append((create.strip() + ";", columns))
+    for gone in ("", "meanings of columns", "sample values and meanings of columns"):
+        lines = [f"-- left out to fit {limit} characters: {gone}"] * bool(gone)
+        for create, columns in tables:
+            lines.append(create)
+            if "sample" not in gone:
+                lines += [f"-- {c}: e.g. {e}" + f" | {m}" * bool(m and not gone) for c, e, m in columns]
+        if len("\n".join(lines)) <= limit:
+            break
+    return cut("\n".join(lines), limit)
+
+
+class Bird:
+    """The task "bird": one domain is one database of a folder in BIRD's format.
+
+    `path` holds `train.json` and `train_databases/`, or `dev.json` or `mini_dev_sqlite.json` and `dev_databases/`, with
+    `<db>/<db>.sqlite` inside; it may be up to two folders above or below, or the JSON file itself. A database named by
+    several files belongs to the first of mini-dev, dev, train. What cannot be used is named in one sentence on stderr
+    and left out; ValueError if nothing is left. `schema_chars` bounds the schema in a prompt, `edit_chars` each field
+    of a problem in the editor's prompt, which holds the solver's full text if `reasoning`; `timeout` is in seconds.
+    """
+
+    name = "bird"
+    seed_instructions = (
+        "Find the tables and columns that the question and its hint speak of, and how they join. Return exactly the "
+        "columns that are asked for, in the order asked, and nothing else."
+    )
+
+    def __init__(
+        self, path: str | Path, schema_chars: int = 16_000, edit_chars: int = 1500, reasoning: bool = False,
+        timeout: float = 30.0,
+    ):  # fmt: skip
+        self.schema_chars, self.edit_chars, self.reasoning, self.timeout = schema_chars, edit_chars, reasoning, timeout
+        self.files: dict[str, Path] = {}  # database -> its SQLite file
+        self.faults: dict[str, str] = {}  # database or question file -> one sentence for a person
+        self.train: set[str] = set()  # the databases of the train archive
+        self._entries: dict[str, list[tuple[int, dict]]] = {}
+        self._problems: dict[str, list[Problem]] = {}
+        self._schema = functools.lru_cache(maxsize=None)(schema_text)
+        for file in find_bird_files(Path(path)):
+            self._read(file)
+        for sentence in self.faults.values():
+            print(f"bird: {sentence}", file=sys.stderr)
+        if not self.files:
+            raise ValueError(f"no usable database under {path}. " + " ".join(self.faults.values()))
+
+    def _read(self, file: Path) -> None:
+        """Take the databases of one question file, or note in `faults` why not."""
+        remedy = bird_remedy(file.name)
+        try:
+            entries = json.loads(file.read_text("utf-8-sig"))
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError("not a list of objects")
+        except ValueError as error:
+            self.faults[str(file)] = f"{file} is broken JSON ({error}): {remedy}."
+            return
+        paths = {db.stem: db for db in sorted(file.parent.glob("*databases/**/*.sqlite"))}
+        mine: dict[str, list[tuple[int, dict]]] = {}
+        for i, entry in enumerate(entries):
+            db = str(entry.get("db_id"))
+            lacks = [field for field in BIRD_FIELDS[:3] if not isinstance(entry.get(field), str)]
+            odd = sorted(set(entry) - set(BIRD_FIELDS))
+            if lacks:
+                problem = f"has no text in {', '.join(lacks)} (its fields: {', '.join(entry)})"
+                self.faults.setdefault(db, f"{file}: entry {i}, database {db}, {problem}: mend it or {remedy}.")
+            elif odd:
+                hint = f"rename or remove them; BIRD's are {', '.join(BIRD_FIELDS)}"
+                self.faults.setdefault(str(file), f"{file}: the unknown fields {', '.join(odd)} are ignored: {hint}.")
+            mine.setdefault(db, []).append((i, entry))
+        mine = {db: found for db, found in mine.items() if db not in self.files and db not in self.faults}
+        missing = sorted(set(mine) - set(paths))
+        place = f"<database>.sqlite under {file.parent}{os.sep}*databases"
+        sentence = f"{file} names databases without a {place}: {cut(', '.join(missing), 300)}; unpack them or {remedy}."
+        self.faults.update(dict.fromkeys(missing, sentence))
+        for db in set(mine) - set(missing):
+            self.files[db], self._entries[db] = paths[db], mine[db]
+            if file.name == "train.json":
+                self.train.add(db)
+
+    def domains(self, split: str) -> list[str]:
+        """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all".
+
+        A folder that has only one of the two is divided: the last fifth of the names, at least one, is "test" and the
+        rest is "train". A single database is both.
+        """
+        names = sorted(self.files)
+        test = [db for db in names if db not in self.train]
+        train = sorted(self.train)
+        if not test or not train:
+            first = len(names) - math.ceil(len(names) / 5)
+            train, test = names[:first] or names, names[first:]
+        if split not in ("train", "test", "all"):
+            raise ValueError(f"no split {split!r}: choose train, test or all")
+        return {"train": train, "test": test, "all": names}[split]
+
+    def problems(self, domain: str) -> list[Problem]:
+        """Its problems. The first call runs every gold query; those that fail are named on stderr and dropped."""
+        if domain in self._problems:
+            return list(self._problems[domain])
+        if domain not in self.files:
+            raise ValueError(self.faults.get(domain, f"no database {domain!r}: choose {', '.join(sorted(self.files))}"))
+        problems: dict[str, Problem] = {}
+        for i, entry in self._entries[domain]:
+            number = str(i if entry.get("question_id") is None else entry["question_id"])
+            number = f"{number}#{i}" if number in problems else number  # some files repeat an id
+            evidence = str(entry.get("evidence") or "")
+            problems[number] = Problem(number, entry["question"], entry["SQL"], domain, evidence=evidence)
+        work = list(problems.values())
+        errors = in_parallel(lambda problem: gold_error(self.files[domain], problem.gold, self.timeout), work)
+        failed = [f"{problem.id} ({error})" for problem, error in zip(work, errors) if error]
+        if failed:
+            what = f"{len(failed)} of {len(work)} problems of {domain} dropped, their gold SQL fails"
+            print(f"bird: {what}: {cut(', '.join(failed), 1000)}", file=sys.stderr)
+        if len(failed) == len(work):
+            raise ValueError(f"every gold query fails on {self.files[domain]}, e.g. {failed[0]}: {bird_remedy('')}.")
+        self._problems[domain] = [problem for problem, error in zip(work, errors) if not error]
+        return list(self._problems[domain])
+
+    def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
+        """One user message (some chat templates refuse a system message); what a domain shares comes first."""
+        schema = self._schema(self.files[problem.domain], self.schema_chars)
+        hint = f"Hint: {problem.evidence}\n" if problem.evidence else ""
+        content = f"""Answer a question about a database with one SQLite query.
+
+# Database
+{schema}
+
+# Instructions
+{instructions}
+
+# Question
+{hint}{problem.question}
+
+Think first if it helps. Then write the query between <answer> and </answer>, and nothing but the query: only what
+stands between the tags is run."""
+        return [{"role": "user", "content": content}]
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """BIRD's verdict on the query in `response`; a response without one is wrong."""
+        return self.grade_many([(problem, response)])[0]
+
+    def grade_many(self, pairs: list[tuple[Problem, str]], progress: str = "") -> list[Grade]:
+        """`grade` of every (problem, response), side by side; identical queries to a problem run once."""
+        jobs = [(self.files[p.domain], extract_sql(response) or "", p.gold) for p, response in pairs]
+        return match_many(jobs, self.timeout, progress)
+
+    def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
+        """See `edit_messages`."""
+        role = "a model that answers questions about one SQLite database by writing a query"
+        return edit_messages(role, instructions, summary, self.edit_chars, self.reasoning)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
