@@ -32,8 +32,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable
 
@@ -124,21 +124,19 @@ def edit_messages(
     >>> print(chat[0]["content"][:40])
     You improve the instructions of a solver
     """
-    problems = []
+    problems = ""
     for i, a in enumerate(summary, 1):
         verdict = "right" if a.correct else "WRONG, cut off at the token limit" if a.truncated else "WRONG"
-        fields = {"Question": a.question, "Full response": a.response if reasoning else "",
-                  "Model's answer": a.answer or "(none)", "Right answer": a.gold, "Verdict": verdict,
-                  "Feedback": a.feedback}  # fmt: skip
-        problems.append(f"## Problem {i}\n" + "\n".join(f"{k}: {cut(v, budget)}" for k, v in fields.items() if v))
+        fields = {"Question": a.question, "Full response": a.response * reasoning, "Answer": a.answer or "(none)",
+                  "Right answer": a.gold, "Verdict": verdict, "Feedback": a.feedback}  # fmt: skip
+        problems += f"## Problem {i}\n" + "".join(f"{k}: {cut(v, budget)}\n" for k, v in fields.items() if v)
     content = f"""You improve the instructions of {role}. The model itself never changes; its instructions do.
 
 # Current instructions
 {cut(instructions, 4 * budget)}
 
 # What the model did under them: {sum(a.correct for a in summary)} of {len(summary)} right
-{chr(10).join(problems)}
-
+{problems}
 # Your task
 Work out why the wrong answers are wrong and what the right ones got right. Then write the full new instructions: they
 replace the old ones and will be judged on other questions of the same domain. Keep what works, add the rules and facts
@@ -155,12 +153,11 @@ def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: flo
     timeout, text that holds no query and a gold query that fails are wrong. The database file must exist
     (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
     """
-    db = os.path.abspath(db_path)
     answer = predicted.encode("utf-8", "replace").decode()  # lone surrogates cannot be logged; the verdict sees them
-    ok, expected = _gold_rows(db, os.stat(db).st_mtime_ns, gold, timeout)
+    ok, expected = gold_result(db_path, gold, timeout)
     if not ok:
         return Grade(False, answer, f"the gold SQL fails: {expected}")
-    correct, feedback = _ask_worker(db, predicted, expected, timeout)
+    correct, feedback = _ask_worker(os.path.abspath(db_path), predicted, expected, timeout)
     return Grade(correct, answer, feedback)
 
 
@@ -170,16 +167,15 @@ def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> 
     `progress` names the progress bar, "" shows none. Gold queries go first: no two threads compute the same one.
     """
     unique = list(dict.fromkeys(jobs))
-    in_parallel(lambda job: gold_error(*job, timeout), list(dict.fromkeys((db, gold) for db, _, gold in unique)))
+    in_parallel(lambda job: gold_result(*job, timeout), list({(db, gold) for db, _, gold in unique}))
     grades = dict(zip(unique, in_parallel(lambda job: execution_match(*job, timeout), unique, progress)))
     return [grades[job] for job in jobs]
 
 
-def gold_error(db_path: str | Path, gold: str, timeout: float = 30.0) -> str:
-    """Why the gold query fails, "" if it runs. Its result is kept: grading against it does not run it again."""
+def gold_result(db_path: str | Path, gold: str, timeout: float = 30.0) -> tuple[bool, bytes | str]:
+    """(True, its pickled result) or (False, why it fails), computed once per database file and exact SQL text."""
     db = os.path.abspath(db_path)
-    ok, error = _gold_rows(db, os.stat(db).st_mtime_ns, gold, timeout)
-    return "" if ok else error
+    return _gold_result(db, os.stat(db).st_mtime_ns, gold, timeout)
 
 
 def in_parallel(work: Callable, items: list, progress: str = "") -> list:
@@ -187,13 +183,13 @@ def in_parallel(work: Callable, items: list, progress: str = "") -> list:
     from tqdm import tqdm
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(cores, len(items)) or 1) as pool:
-        return list(tqdm(pool.map(work, items), desc=progress, total=len(items), disable=not progress, leave=False))
+    with ThreadPool(min(cores, len(items)) or 1) as pool:  # its threads are daemons: Ctrl-C need not wait for them
+        return list(tqdm(pool.imap(work, items), desc=progress, total=len(items), disable=not progress, leave=False))
 
 
 @functools.lru_cache(maxsize=20_000)
-def _gold_rows(db: str, modified: int, gold: str, timeout: float) -> tuple[bool, bytes | str]:
-    """(True, the pickled result) or (False, the error), once per database as it is now and exact SQL text."""
+def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[bool, bytes | str]:
+    """`modified` tells a rewritten file from the old one. `gold` stays as it is: white space counts in its literals."""
     return _ask_worker(db, gold, None, timeout)
 
 
@@ -236,9 +232,9 @@ def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[
         return False, f"timeout: the query ran for more than {timeout:g} s" if late else "the query crashed SQLite"
     finally:
         if finished:
-            worker.kill()
-            worker.communicate()  # reaps it and closes its pipes
             atexit.unregister(worker.kill)
+            with contextlib.suppress(OSError), worker:  # leaving closes its pipes and reaps it
+                worker.kill()
         else:
             idle.append(worker)
 
@@ -248,7 +244,7 @@ def sql_worker() -> None:
 
     Hostile SQL meets four walls. The connection is read-only, and its authorizer allows to read and to call functions,
     nothing else. A C watchdog ends the process at the time limit, even inside one endless function. The address space
-    may grow by 128 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
+    may grow by 96 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
     temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
     """
     ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
@@ -257,7 +253,7 @@ def sql_worker() -> None:
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     logging.disable()  # sqlglot would warn on stderr
-    sqlite3.connect(":memory:").execute("PRAGMA hard_heap_limit = 134217728")  # for the whole process
+    sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
     idle = _grow_by(None)
     tell.write(b"+")
     while True:
@@ -269,7 +265,7 @@ def sql_worker() -> None:
         faulthandler.dump_traceback_later(timeout, exit=True, file=quiet)
         ok, answer = _run_request(db, sql, gold)
         faulthandler.cancel_dump_traceback_later()
-        last = _grow_by(None) > idle + (64 << 20)  # the next query must not start from this one's memory
+        last = _grow_by(None) > idle + (32 << 20)  # the next query must not start from this one's memory
         pickle.dump((ok, answer, last), tell)
 
 
@@ -287,26 +283,25 @@ def _grow_by(extra: int | None) -> int:
 
 def _run_request(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
     """In the worker: `_ask_worker`'s answer."""
-    want, expected = (None, "") if gold is None else pickle.loads(gold)
+    rows, expected = ({}, "") if gold is None else pickle.loads(gold)
+    _grow_by(4 << 30 if gold is None else 96 << 20)
     try:
-        _grow_by(4 << 30 if gold is None else 128 << 20)
-        rows, returned = _fetch(db, sql, want)
+        refuted, returned = _fetch(db, sql, rows, gold is None)
     except Exception as error:  # sqlite3.Error, MemoryError, a NUL or a lone surrogate in the text: all are just wrong
         _grow_by(None)
-        message = "out of memory" if isinstance(error, MemoryError) else cut(str(error), 300)
+        message = cut(str(error), 300) or "out of memory"
         return False, message if gold is None else _explain(db, sql, message)
     if gold is None:
         return True, pickle.dumps((rows, returned))
-    correct = rows is not None and len(rows) == len(want)
+    correct = not refuted and all(rows.values())
     return correct, "" if correct else f"your query returned {returned}; expected {expected}"
 
 
-def _fetch(db: str, sql: str, want: set | None) -> tuple[set | None, str]:
-    """The set of result rows and a line that describes them; the set is None if a row is not in `want`.
-
-    Only rows of `want` are kept and reading stops soon after the first other one: memory is bounded by the gold result.
+def _fetch(db: str, sql: str, rows: dict[tuple, bool], is_gold: bool) -> tuple[bool, str]:
+    """Enter the gold rows into `rows` as False, or mark there as True what a prediction returns; a row that is not there
+    refutes it and ends the reading soon: a prediction never needs more memory than gold. Returns also what came, in words.
     """
-    rows, shown, refuted = set(), [], False
+    shown, refuted = [], False
     with contextlib.closing(_open_readonly(db)) as connection:
         connection.set_authorizer(_authorize)
         cursor = connection.execute(sql)
@@ -316,8 +311,8 @@ def _fetch(db: str, sql: str, want: set | None) -> tuple[set | None, str]:
             for row in cursor:
                 if len(shown) < 5:
                     shown.append(_brief(row))
-                if want is None or row in want:
-                    rows.add(row)
+                if is_gold or row in rows:
+                    rows[row] = not is_gold
                 elif not refuted:  # wrong; a few more rows, if they come at once, make the better feedback
                     refuted, soon = True, time.monotonic() + 0.2
                     connection.set_progress_handler(lambda: time.monotonic() > soon, 1000)
@@ -326,9 +321,9 @@ def _fetch(db: str, sql: str, want: set | None) -> tuple[set | None, str]:
         except sqlite3.Error:
             if not refuted:
                 raise
-    count = "rows such as" if refuted else f"{len(rows)} distinct row{'s' * (len(rows) != 1)}:"
-    returned = f"{count} {cut(', '.join(shown), 400)}{', ...' * (len(shown) == 5)}" if shown else "no rows"
-    return None if refuted else rows, returned
+    n = len(rows) if is_gold else sum(rows.values())
+    count = "rows such as" if refuted else f"{n} distinct row{'s' * (n != 1)}:"
+    return refuted, f"{count} {cut(', '.join(shown), 400)}{', ...' * (len(shown) == 5)}" if shown else "no rows"
 
 
 def _open_readonly(db: str) -> sqlite3.Connection:
@@ -368,36 +363,25 @@ def _explain(db: str, sql: str, error: str) -> str:
         return f"syntax error at {place}: {at['description'].split(' but got <')[0].rstrip('.')} (SQLite: {error})"
     except Exception:  # sqlglot gives up on stray quotes and on deep nesting
         return f"SQL error: {error}"
-    if trees and (len(trees) > 1 or not isinstance(trees[0], (exp.Query, exp.Values))):
-        kinds = ", ".join(tree.key.upper() for tree in trees[:5])
+    if trees and (len(trees) > 1 or not isinstance(trees[0], exp.Query)):
+        kinds = ", ".join(tree.key.upper() if tree.key in sql.lower() else sql.split()[0][:40] for tree in trees[:5])
         return f"not a single SELECT but {kinds}: a query can only read (SQLite: {error})"
-    unknown = re.match(r"no such (table|column): (.+)", error)
-    if not unknown or not trees:
+    kind, _, name = error.lower().partition(": ")
+    if kind not in ("no such table", "no such column") or not trees:
         return f"SQL error: {error}"
-    columns = _columns(db)
-    owner, _, name = unknown[2].lower().rpartition(".")
-    if unknown[1] == "table":
-        real = {table.lower(): table for table in columns}
-    else:  # search the table that the qualifier stands for, else all tables of the query
-        used = {table.alias_or_name.lower(): table.name.lower() for table in trees[0].find_all(exp.Table)}
-        inside = {used[owner]} if owner in used else set(used.values())
-        real = {c.lower(): f"{t}.{c}" for t in columns if t.lower() in inside for c in columns[t]}
-    near = difflib.get_close_matches(name[:100], real, 1, 0.4)
-    owners = [t for t in columns if name in map(str.lower, columns[t])]
-    hint = f"; the nearest is {real[near[0]]}" if near else ""
-    return error + hint + (f"; {name} is a column of {', '.join(owners)}" if owners else "")
-
-
-def _columns(db: str) -> dict[str, list[str]]:
-    """The column names of every table and view."""
     with contextlib.closing(_open_readonly(db)) as connection:
-        pairs = connection.execute(
-            "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type IN ('table', 'view')"
-        )
-        names: dict[str, list[str]] = {}
-        for table, column in pairs:
-            names.setdefault(table, []).append(column)
-    return names
+        pairs = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type <> 'index'"
+        columns = connection.execute(pairs).fetchall()
+    owner, _, name = name.rpartition(".")
+    used = {table.alias_or_name.lower(): table.name.lower() for table in trees[0].find_all(exp.Table)}
+    inside = [used[owner]] if owner in used else used.values()  # a qualifier narrows the search to its table
+    real = {t.lower(): t for t, _ in columns}
+    if kind == "no such column":
+        real = {c.lower(): f"{t}.{c}" for t, c in columns if t.lower() in inside}
+    near = difflib.get_close_matches(name[:100], real, 1, 0.4)
+    homes = ", ".join(t for t, c in columns if c.lower() == name)
+    hint = f"; the nearest is {real[near[0]]}" if near else ""
+    return error + hint + (f"; {name} is a column of {homes}" if homes else "")
 
 
 def extract_sql(response: str) -> str | None:
@@ -407,19 +391,17 @@ def extract_sql(response: str) -> str | None:
     ('SELECT 2', None)
     """
     tagged = extract_tag(response, "answer")
-    blocks = re.findall(r"```[ \t]*(sql(?:ite3?)?\b|\w*(?=[ \t]*\n))(.*?)```", tagged or response, re.DOTALL | re.I)
+    blocks = re.findall(r"```[ \t]*(sql(?:ite3?)?\b|\w*(?=[ \t]*\n))?(.*?)```", tagged or response, re.DOTALL | re.I)
     sql = [text for language, text in blocks if language.lower().startswith("sql")] or [text for _, text in blocks]
     return sql[-1].strip() if sql else tagged
 
 
-BIRD_FILES = {"mini_dev_sqlite.json": "minidev.zip", "dev.json": "dev.zip", "train.json": "train.zip"}
+BIRD_FILES = ("mini_dev_sqlite.json", "dev.json", "train.json")
 BIRD_FIELDS = ("db_id", "question", "SQL", "evidence", "question_id", "difficulty")  # the first three are required
-
-
-def bird_remedy(file_name: str) -> str:
-    """Where to get a file of BIRD."""
-    archive = BIRD_FILES.get(file_name, "dev.zip")
-    return f"get it from https://bird-bench.oss-cn-beijing.aliyuncs.com/{archive} (see https://bird-bench.github.io)"
+BIRD_REMEDY = (
+    "get BIRD from https://bird-bench.github.io: https://bird-bench.oss-cn-beijing.aliyuncs.com/train.zip, dev.zip or "
+    "minidev.zip there, and unpack the databases beside the questions"
+)
 
 
 def find_bird_files(path: Path) -> list[Path]:
@@ -431,7 +413,7 @@ def find_bird_files(path: Path) -> list[Path]:
         files = [file for name in BIRD_FILES for file in sorted(glob.glob(os.path.join(pattern, name)))]
         if files:
             return [Path(file).resolve() for file in files]
-    raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: unpack BIRD there, {bird_remedy('dev.json')}.")
+    raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: {BIRD_REMEDY}.")
 
 
 def column_meanings(folder: Path) -> dict[tuple[str, str], str]:
@@ -459,26 +441,26 @@ def schema_text(db: Path, limit: int) -> str:
     At most `limit` characters: what does not fit goes in the order meanings, samples, middle, and the text says so.
     """
     meanings = column_meanings(db.parent / "database_description")
-    tables = []  # (CREATE statement, [(column, sample values, meaning)])
+    full, sampled, bare = [], [], []  # lines with everything, without meanings, without comments
     with contextlib.closing(_open_readonly(str(db))) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')").fetchall()
         for table, create in [row for row in found if row[1] and not row[0].startswith("sqlite_")]:
-            cursor = connection.execute('SELECT * FROM "{}" LIMIT 100'.format(table.replace('"', '""')))
-            rows, columns = cursor.fetchall(), []
-            for i, (column, *_) in enumerate(cursor.description):
-                samples = dict.fromkeys(row[i] for row in rows if row[i] is not None)
-                columns.append((column, _brief(tuple(samples)[:3]), meanings.get((table.lower(), column.lower()), "")))
-            tables.append((create.strip() + ";", columns))
-    for gone in ("", "meanings of columns", "sample values and meanings of columns"):
-        lines = [f"-- left out to fit {limit} characters: {gone}"] * bool(gone)
-        for create, columns in tables:
-            lines.append(create)
-            if "sample" not in gone:
-                lines += [f"-- {c}: e.g. {e}" + f" | {m}" * bool(m and not gone) for c, e, m in columns]
-        if len("\n".join(lines)) <= limit:
+            for lines in (full, sampled, bare):
+                lines.append(create.strip() + ";")
+            with contextlib.suppress(sqlite3.Error):  # a view may be broken
+                cursor = connection.execute('SELECT * FROM "{}" LIMIT 100'.format(table.replace('"', '""')))
+                rows = cursor.fetchall()
+                for i, (column, *_) in enumerate(cursor.description):
+                    values = dict.fromkeys(row[i] for row in rows if row[i] is not None)
+                    meaning = meanings.get((table.lower(), column.lower()), "")
+                    sampled.append(f"-- {column}: e.g. {_brief(tuple(values)[:3])}")
+                    full.append(sampled[-1] + f" | {meaning}" * bool(meaning))
+    for lines, gone in ((full, ""), (sampled, "meanings"), (bare, "meanings and sample values")):
+        text = "\n".join([f"-- left out, the schema is long: {gone} of columns"] * bool(gone) + lines)
+        if len(text) <= limit:
             break
-    return cut("\n".join(lines), limit)
+    return cut(text, limit)
 
 
 class Bird:
@@ -497,56 +479,45 @@ class Bird:
         "columns that are asked for, in the order asked, and nothing else."
     )
 
-    def __init__(
-        self, path: str | Path, schema_chars: int = 16_000, edit_chars: int = 1500, reasoning: bool = False,
-        timeout: float = 30.0,
-    ):  # fmt: skip
+    def __init__(self, path: str | Path, schema_chars: int = 16_000, edit_chars: int = 1500, reasoning: bool = False,
+                 timeout: float = 30.0):  # fmt: skip
         self.schema_chars, self.edit_chars, self.reasoning, self.timeout = schema_chars, edit_chars, reasoning, timeout
         self.files: dict[str, Path] = {}  # database -> its SQLite file
         self.faults: dict[str, str] = {}  # database or question file -> one sentence for a person
         self.train: set[str] = set()  # the databases of the train archive
-        self._entries: dict[str, list[tuple[int, dict]]] = {}
+        self._entries: dict[str, list[tuple[int, dict]]] = {}  # database -> its entries with their place in the file
         self._problems: dict[str, list[Problem]] = {}
         self._schema = functools.lru_cache(maxsize=None)(schema_text)
         for file in find_bird_files(Path(path)):
             self._read(file)
+        if not self.files:
+            raise ValueError(f"no usable database under {path}: " + cut(" ".join(self.faults.values()), 1000))
         for sentence in self.faults.values():
             print(f"bird: {sentence}", file=sys.stderr)
-        if not self.files:
-            raise ValueError(f"no usable database under {path}. " + " ".join(self.faults.values()))
 
     def _read(self, file: Path) -> None:
-        """Take the databases of one question file, or note in `faults` why not."""
-        remedy = bird_remedy(file.name)
+        """Take the databases of one question file; note in `faults` what is wrong."""
         try:
             entries = json.loads(file.read_text("utf-8-sig"))
-            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-                raise ValueError("not a list of objects")
-        except ValueError as error:
-            self.faults[str(file)] = f"{file} is broken JSON ({error}): {remedy}."
+            names = {str(entry.get("db_id")) for entry in entries} - set(self.files)
+        except (ValueError, AttributeError, TypeError) as error:
+            self.faults[str(file)] = f"{file} is not a JSON list of questions ({error}): {BIRD_REMEDY}."
             return
         paths = {db.stem: db for db in sorted(file.parent.glob("*databases/**/*.sqlite"))}
-        mine: dict[str, list[tuple[int, dict]]] = {}
-        for i, entry in enumerate(entries):
-            db = str(entry.get("db_id"))
-            lacks = [field for field in BIRD_FIELDS[:3] if not isinstance(entry.get(field), str)]
-            odd = sorted(set(entry) - set(BIRD_FIELDS))
+        for db in sorted(names):
+            mine = [(i, entry) for i, entry in enumerate(entries) if str(entry.get("db_id")) == db]
+            lacks = [(i, f) for i, entry in mine for f in BIRD_FIELDS[:3] if not isinstance(entry.get(f), str)]
+            odd = sorted({field for _, entry in mine for field in entry} - set(BIRD_FIELDS))
             if lacks:
-                problem = f"has no text in {', '.join(lacks)} (its fields: {', '.join(entry)})"
-                self.faults.setdefault(db, f"{file}: entry {i}, database {db}, {problem}: mend it or {remedy}.")
-            elif odd:
-                hint = f"rename or remove them; BIRD's are {', '.join(BIRD_FIELDS)}"
-                self.faults.setdefault(str(file), f"{file}: the unknown fields {', '.join(odd)} are ignored: {hint}.")
-            mine.setdefault(db, []).append((i, entry))
-        mine = {db: found for db, found in mine.items() if db not in self.files and db not in self.faults}
-        missing = sorted(set(mine) - set(paths))
-        place = f"<database>.sqlite under {file.parent}{os.sep}*databases"
-        sentence = f"{file} names databases without a {place}: {cut(', '.join(missing), 300)}; unpack them or {remedy}."
-        self.faults.update(dict.fromkeys(missing, sentence))
-        for db in set(mine) - set(missing):
-            self.files[db], self._entries[db] = paths[db], mine[db]
-            if file.name == "train.json":
-                self.train.add(db)
+                what = f"entry {lacks[0][0]} (db_id {db}) has no text in {lacks[0][1]}, unknown fields: {odd}"
+            elif db not in paths:
+                what = f"no {db}.sqlite under {file.parent}{os.sep}*databases, so the database {db} is left out"
+            else:
+                self.files[db], self._entries[db] = paths[db], mine
+                self.train |= {db} if file.name == "train.json" else set()
+                what = f"the unknown fields {odd} of database {db} are ignored" if odd else ""
+            if what:
+                self.faults[db] = f"{file}: {what}; the fields are {', '.join(BIRD_FIELDS)}: {BIRD_REMEDY}."
 
     def domains(self, split: str) -> list[str]:
         """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all".
@@ -573,28 +544,26 @@ class Bird:
         problems: dict[str, Problem] = {}
         for i, entry in self._entries[domain]:
             number = str(i if entry.get("question_id") is None else entry["question_id"])
-            number = f"{number}#{i}" if number in problems else number  # some files repeat an id
+            number += f"#{i}" * (number in problems)  # some files repeat an id
             evidence = str(entry.get("evidence") or "")
             problems[number] = Problem(number, entry["question"], entry["SQL"], domain, evidence=evidence)
-        work = list(problems.values())
-        errors = in_parallel(lambda problem: gold_error(self.files[domain], problem.gold, self.timeout), work)
-        failed = [f"{problem.id} ({error})" for problem, error in zip(work, errors) if error]
+        golds = in_parallel(lambda p: gold_result(self.files[domain], p.gold, self.timeout), list(problems.values()))
+        failed = {number: error for number, (ok, error) in zip(problems, golds) if not ok}
         if failed:
-            what = f"{len(failed)} of {len(work)} problems of {domain} dropped, their gold SQL fails"
-            print(f"bird: {what}: {cut(', '.join(failed), 1000)}", file=sys.stderr)
-        if len(failed) == len(work):
-            raise ValueError(f"every gold query fails on {self.files[domain]}, e.g. {failed[0]}: {bird_remedy('')}.")
-        self._problems[domain] = [problem for problem, error in zip(work, errors) if not error]
+            what = f"{len(failed)} of {len(problems)} problems dropped, their gold SQL fails: {cut(str(failed), 1000)}"
+            print(f"bird: {self.files[domain]}: {what}", file=sys.stderr)
+        if len(failed) == len(problems):
+            raise ValueError(f"every gold query fails on {self.files[domain]}: {cut(str(failed), 300)}: {BIRD_REMEDY}.")
+        self._problems[domain] = [problem for number, problem in problems.items() if number not in failed]
         return list(self._problems[domain])
 
     def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
         """One user message (some chat templates refuse a system message); what a domain shares comes first."""
-        schema = self._schema(self.files[problem.domain], self.schema_chars)
         hint = f"Hint: {problem.evidence}\n" if problem.evidence else ""
         content = f"""Answer a question about a database with one SQLite query.
 
 # Database
-{schema}
+{self._schema(self.files[problem.domain], self.schema_chars)}
 
 # Instructions
 {instructions}
