@@ -298,8 +298,10 @@ def _run_request(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | s
 
 
 def _fetch(db: str, sql: str, rows: dict[tuple, bool], is_gold: bool) -> tuple[bool, str]:
-    """Enter the gold rows into `rows` as False, or mark there as True what a prediction returns; a row that is not there
-    refutes it and ends the reading soon: a prediction never needs more memory than gold. Returns also what came, in words.
+    """Enter the rows of gold into `rows` as False; mark there as True those that a prediction returns.
+
+    A row that is not there refutes the prediction and ends the reading, so it never needs memory beyond the gold result.
+    Returns (refuted, the rows in words).
     """
     shown, refuted = [], False
     with contextlib.closing(_open_readonly(db)) as connection:

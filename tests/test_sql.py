@@ -32,7 +32,8 @@ def make_db(path: Path, script: str = "") -> Path:
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript("""
             CREATE TABLE singer (id INTEGER PRIMARY KEY, singer_name TEXT, age INTEGER, score REAL);
-            INSERT INTO singer VALUES (1, 'Ann', 20, 1.0), (2, 'Bob', 30, 2.5), (3, 'Cy', NULL, NULL), (4, 'Ann', 20, 7);
+            INSERT INTO singer VALUES (1, 'Ann', 20, 1.0), (2, 'Bob', 30, 2.5), (3, 'Cy', NULL, NULL),
+                (4, 'Ann', 20, 7);
             CREATE TABLE song (song_id INTEGER, title TEXT, singer_id INTEGER REFERENCES singer (id));
             INSERT INTO song VALUES (1, 'a  b', 1), (2, 'a b', 2), (3, '1', 2);
             CREATE TABLE "odd ""name" ("a column" BLOB);
@@ -332,7 +333,7 @@ def test_a_large_gold_result_is_no_memory_error(db):
         ("DELETE FROM singer", ["not a single SELECT but DELETE"]),
         ("SELECT nope(1)", ["no such function: nope"]),
         ("SELECT id FROM singer, (SELECT id FROM singer)", ["ambiguous column name: id"]),
-        ("SELECT id FROM singer", ["your query returned", "(1), (2), (3), (4)", "expected 2 distinct rows: (20), (30)"]),
+        ("SELECT id FROM singer", ["returned rows such as (1), (2), (3), (4)", "expected 2 distinct rows: (20), (30)"]),
         ("SELECT 20", ["returned 1 distinct row: (20)", "expected 2 distinct rows"]),
         ("SELECT 1 WHERE 0", ["returned no rows"]),
         (f"{COUNT} SELECT 1 FROM c WHERE x < 0", ["timeout", "0.3 s"]),
@@ -409,7 +410,7 @@ def test_a_worker_that_dies_is_a_wrong_verdict_and_is_replaced(db):
 
 
 def run_python(code: str, *args: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def gone(pid: int, within: float) -> bool:
@@ -477,7 +478,8 @@ MUTATIONS = [
     (r" < ", " > "), (r"\bCOUNT\(", "SUM("), (r"\bAND\b", "OR"), (r"\bAVG\(", "MAX("), (r"'(\w+)'", r"'\1 '"),
     (r"\b(\d+)\b", r"\1.0"), (r"\b(\d+)\b", r"'\1'"), (r"\bSELECT\b", "SELECT NULL,"), (r"$", " LIMIT 0"), (r"\)", ""),
     (r"^(.*)$", r"SELECT * FROM (\1)"), (r"^(.*)$", r"\1 UNION ALL \1"), (r"\bFROM (\w+)", r"FROM \1_x"), (r"$", ";"),
-    (r"\bORDER BY .*$", ""), (r"\bGROUP BY .*$", ""), (r"\bWHERE .*$", ""), (r"SELECT (\S+), (\S+) ", r"SELECT \2, \1 "),
+    (r"\bORDER BY .*$", ""), (r"\bGROUP BY .*$", ""), (r"\bWHERE .*$", ""),
+    (r"SELECT (\S+), (\S+) ", r"SELECT \2, \1 "),
 ]  # fmt: skip
 
 
@@ -503,19 +505,16 @@ def test_verdicts_on_real_questions_agree_with_a_plain_evaluator(real):
         fitting = [(old, new) for old, new in MUTATIONS if re.search(old, gold, re.I)]
         jobs += [(path, re.sub(*rule, gold, count=1, flags=re.I | re.S), gold) for rule in rng.sample(fitting, 2)]
     results = {key: reference(*key) for path, *pair in jobs for key in [(path, sql) for sql in pair]}
-    grades = match_many(jobs)
-    judged = []
-    for (path, predicted, gold), grade in zip(jobs, grades):
-        got, want = results[path, predicted], results[path, gold]
-        if "slow" not in (got, want):
-            judged.append(((path, predicted, gold), grade, isinstance(got, set) and got == want))
-    wrong = [(job, grade) for job, grade, want in judged if grade.correct is not want]
-    rights = [want for _, _, want in judged[2 * len(real):]]
-    print(f"\n{len(real)} gold, {len(judged)} verdicts compared, {len(jobs) - len(judged)} too slow for the reference")
-    print(f"{len(rights)} mutations, {sum(rights)} of them still right; disagreements: {len(wrong)}")
+    quick = [job for job in jobs if "slow" not in (results[job[:2]], results[job[::2]])]
+    right = [isinstance(results[job[:2]], set) and results[job[:2]] == results[job[::2]] for job in quick]
+    grades = match_many(quick)
+    wrong = [(job, grade) for job, grade, want in zip(quick, grades, right) if grade.correct is not want]
+    mutated = right[2 * len(real) :]
+    print(f"\n{len(real)} gold, {len(quick)} verdicts compared, {len(jobs) - len(quick)} too slow for the reference")
+    print(f"{len(mutated)} mutations, {sum(mutated)} of them still right; disagreements: {len(wrong)}")
     assert len(real) == 603 and all(grade.correct for grade in grades[:603])
     assert not wrong, wrong[:3]
-    assert len(judged) > 0.97 * len(jobs) and 0.1 < sum(rights) / len(rights) < 0.9
+    assert len(quick) > 0.97 * len(jobs) and 0.1 < sum(mutated) / len(mutated) < 0.9
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == sums[path] for path in sums)
 
 
@@ -529,7 +528,7 @@ def entries(db_id: str, n: int = 2, **more) -> list[dict]:
     ]
 
 
-def make_bird(root: Path, kind: str = "dev", names: tuple[str, ...] = ("a", "b"), file: str = "", questions=None) -> Path:
+def make_bird(root: Path, kind="dev", names: tuple[str, ...] = ("a", "b"), file="", questions=None) -> Path:
     """A folder as BIRD's archives unpack, with one small database per name."""
     for name in names:
         path = root / f"{kind}_databases" / name / f"{name}.sqlite"
@@ -684,7 +683,7 @@ def test_schema_text(tmp_path):
     folder = tmp_path / "a" / "database_description"
     folder.mkdir()
     head = "original_column_name,column_name,column_description,data_format,value_description\n"
-    (folder / "Singer.csv").write_bytes((head + "singer_name ,name,the singer\u2019s n\u00e4me,text,\n").encode("cp1252"))
+    (folder / "Singer.csv").write_bytes(f"{head}singer_name ,name,the singer\u2019s n\u00e4me,text,\n".encode("cp1252"))
     (folder / "song.csv").write_text(head + 'title,title,"words\nof it",text,caf\u00e9\n', "utf-8-sig")
     (folder / 'odd "name.csv').write_text(head + "a column,,wide,blob,\n,,\n", "utf-16")
     full = data.schema_text(path, 10**6)
@@ -709,7 +708,7 @@ def test_edit_chat(tmp_path):
         Answer("3", "When?", "", "SELECT 3", "SELECT 3", True),
     ]
     text = task.edit_chat("Old rules." + "x" * 5000, summary)[0]["content"]
-    for part in ("Old rules.", "Who?", "SELECT 0", "SELECT 1", "WRONG", "your query returned", "1 of 3 right", "<prompt>"):
+    for part in ("Old rules.", "Who?", "SELECT 0", "SELECT 1", "WRONG", "query returned", "1 of 3 right", "<prompt>"):
         assert part in text
     assert "long thought" not in text and "cut off at the token limit" in text and "cut from 600 characters" in text
     assert len(text) < 800 + 3 * 5 * 200 + 1500
