@@ -131,12 +131,8 @@ def edit_messages(
                   "Right answer": a.gold, "Verdict": verdict, "Feedback": a.feedback}  # fmt: skip
         problems += f"## Problem {i}\n" + "".join(f"{k}: {cut(v, budget)}\n" for k, v in fields.items() if v)
     content = f"""You improve the instructions of {role}. The model itself never changes; its instructions do.
-
-# Current instructions
-{cut(instructions, 4 * budget)}
-
-# What the model did under them: {sum(a.correct for a in summary)} of {len(summary)} right
-{problems}
+\n# Current instructions\n{cut(instructions, 4 * budget)}
+\n# What the model did under them: {sum(a.correct for a in summary)} of {len(summary)} right\n{problems}
 # Your task
 Work out why the wrong answers are wrong and what the right ones got right. Then write the full new instructions: they
 replace the old ones and will be judged on other questions of the same domain. Keep what works, add the rules and facts
@@ -166,10 +162,8 @@ def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> 
 
     `progress` names the progress bar, "" shows none. Gold queries go first: no two threads compute the same one.
     """
-    unique = list(dict.fromkeys(jobs))
-    in_parallel(lambda job: gold_result(*job, timeout), list({(db, gold) for db, _, gold in unique}))
-    grades = dict(zip(unique, in_parallel(lambda job: execution_match(*job, timeout), unique, progress)))
-    return [grades[job] for job in jobs]
+    in_parallel(lambda job: gold_result(*job, timeout), [(db, gold) for db, _, gold in jobs])
+    return in_parallel(lambda job: execution_match(*job, timeout), jobs, progress)
 
 
 def gold_result(db_path: str | Path, gold: str, timeout: float = 30.0) -> tuple[bool, bytes | str]:
@@ -179,12 +173,15 @@ def gold_result(db_path: str | Path, gold: str, timeout: float = 30.0) -> tuple[
 
 
 def in_parallel(work: Callable, items: list, progress: str = "") -> list:
-    """[work(item) for item in items] in one thread per core; each thread waits for a worker process of its own."""
+    """[work(item) for item in items], equal items once, in a thread per core that waits for a worker of its own."""
     from tqdm import tqdm
 
+    unique = list(dict.fromkeys(items))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPool(min(cores, len(items)) or 1) as pool:  # its threads are daemons: Ctrl-C need not wait for them
-        return list(tqdm(pool.imap(work, items), desc=progress, total=len(items), disable=not progress, leave=False))
+    with ThreadPool(min(cores, len(unique)) or 1) as pool:  # its threads are daemons: Ctrl-C need not wait for them
+        bar = tqdm(pool.imap(work, unique), desc=progress, total=len(unique), disable=not progress, leave=False)
+        results = dict(zip(unique, bar))
+    return [results[item] for item in items]
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -248,10 +245,6 @@ def sql_worker() -> None:
     temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
     """
     ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     logging.disable()  # sqlglot would warn on stderr
     sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
     idle = _grow_by(None)
@@ -270,13 +263,14 @@ def sql_worker() -> None:
 
 
 def _grow_by(extra: int | None) -> int:
-    """Allow `extra` more bytes of address space than now, None: no limit. Returns the bytes in use, 0 if unknown."""
+    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns the bytes in use, 0 if unknown."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else used + extra, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return used
     return 0
 
@@ -300,7 +294,7 @@ def _run_request(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | s
 def _fetch(db: str, sql: str, rows: dict[tuple, bool], is_gold: bool) -> tuple[bool, str]:
     """Enter the rows of gold into `rows` as False; mark there as True those that a prediction returns.
 
-    A row that is not there refutes the prediction and ends the reading, so it never needs memory beyond the gold result.
+    A row that is not there refutes the prediction and ends the reading: no memory is needed beyond the gold result.
     Returns (refuted, the rows in words).
     """
     shown, refuted = [], False
@@ -359,12 +353,12 @@ def _explain(db: str, sql: str, error: str) -> str:
 
     try:
         trees = [tree for tree in sqlglot.parse(sql[:20_000], read="sqlite") if tree]
-    except sqlglot.errors.ParseError as e:
+    except Exception as e:  # sqlglot also gives up on stray quotes, deep nesting and some queries that SQLite can read
+        if not getattr(e, "errors", ()) or not re.search("syntax error|incomplete input", error):
+            return f"SQL error: {error}"
         at = e.errors[0]
         place = f"line {at['line']}, column {at['col']}, near {at['highlight'][:80]!r}"
         return f"syntax error at {place}: {at['description'].split(' but got <')[0].rstrip('.')} (SQLite: {error})"
-    except Exception:  # sqlglot gives up on stray quotes and on deep nesting
-        return f"SQL error: {error}"
     if trees and (len(trees) > 1 or not isinstance(trees[0], exp.Query)):
         kinds = ", ".join(tree.key.upper() if tree.key in sql.lower() else sql.split()[0][:40] for tree in trees[:5])
         return f"not a single SELECT but {kinds}: a query can only read (SQLite: {error})"
@@ -527,14 +521,13 @@ class Bird:
         A folder that has only one of the two is divided: the last fifth of the names, at least one, is "test" and the
         rest is "train". A single database is both.
         """
+        if split not in ("train", "test", "all"):
+            raise ValueError(f"no split {split!r}: choose train, test or all")
         names = sorted(self.files)
-        test = [db for db in names if db not in self.train]
-        train = sorted(self.train)
+        train, test = sorted(self.train), sorted(set(names) - self.train)
         if not test or not train:
             first = len(names) - math.ceil(len(names) / 5)
             train, test = names[:first] or names, names[first:]
-        if split not in ("train", "test", "all"):
-            raise ValueError(f"no split {split!r}: choose train, test or all")
         return {"train": train, "test": test, "all": names}[split]
 
     def problems(self, domain: str) -> list[Problem]:
@@ -549,13 +542,14 @@ class Bird:
             number += f"#{i}" * (number in problems)  # some files repeat an id
             evidence = str(entry.get("evidence") or "")
             problems[number] = Problem(number, entry["question"], entry["SQL"], domain, evidence=evidence)
-        golds = in_parallel(lambda p: gold_result(self.files[domain], p.gold, self.timeout), list(problems.values()))
+        file, golds = self.files[domain], [problem.gold for problem in problems.values()]
+        golds = in_parallel(lambda gold: gold_result(file, gold, self.timeout), golds)
         failed = {number: error for number, (ok, error) in zip(problems, golds) if not ok}
         if failed:
             what = f"{len(failed)} of {len(problems)} problems dropped, their gold SQL fails: {cut(str(failed), 1000)}"
-            print(f"bird: {self.files[domain]}: {what}", file=sys.stderr)
+            print(f"bird: {file}: {what}", file=sys.stderr)
         if len(failed) == len(problems):
-            raise ValueError(f"every gold query fails on {self.files[domain]}: {cut(str(failed), 300)}: {BIRD_REMEDY}.")
+            raise ValueError(f"every gold query fails on {file}: {cut(str(failed), 300)}: {BIRD_REMEDY}.")
         self._problems[domain] = [problem for number, problem in problems.items() if number not in failed]
         return list(self._problems[domain])
 
@@ -563,17 +557,10 @@ class Bird:
         """One user message (some chat templates refuse a system message); what a domain shares comes first."""
         hint = f"Hint: {problem.evidence}\n" if problem.evidence else ""
         content = f"""Answer a question about a database with one SQLite query.
-
-# Database
-{self._schema(self.files[problem.domain], self.schema_chars)}
-
-# Instructions
-{instructions}
-
-# Question
-{hint}{problem.question}
-
-Think first if it helps. Then write the query between <answer> and </answer>, and nothing but the query: only what
+\n# Database\n{self._schema(self.files[problem.domain], self.schema_chars)}
+\n# Instructions\n{instructions}
+\n# Question\n{hint}{problem.question}
+\nThink first if it helps. Then write the query between <answer> and </answer>, and nothing but the query: only what
 stands between the tags is run."""
         return [{"role": "user", "content": content}]
 

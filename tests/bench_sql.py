@@ -49,7 +49,10 @@ def main(rounds: int) -> None:
     def warm(jobs):
         return [grade.correct for grade in data.match_many(jobs)]
 
-    contenders = {"plain evaluator": lambda jobs: [plain(*job) for job in jobs], "match_many, cold": cold, "match_many, warm": warm}
+    def reference(jobs):
+        return [plain(*job) for job in jobs]
+
+    contenders = {"plain evaluator": reference, "match_many, cold": cold, "match_many, warm": warm}
     print(f"{len(golds)} gold x 8 predictions, {os.cpu_count()} cores; verdicts per second, median of {rounds} rounds")
     data.match_many(repeated[:16])  # the workers start
     for name, jobs in (("identical", repeated), ("all different", distinct)):

@@ -332,6 +332,7 @@ def test_a_large_gold_result_is_no_memory_error(db):
         ("SELECT id,, age FROM singer", ['near ",": syntax error']),
         ("DELETE FROM singer", ["not a single SELECT but DELETE"]),
         ("SELECT nope(1)", ["no such function: nope"]),
+        ("SELECT id FROM singer INDEXED BY x", ["SQL error: no such index: x"]),
         ("SELECT id FROM singer, (SELECT id FROM singer)", ["ambiguous column name: id"]),
         ("SELECT id FROM singer", ["returned rows such as (1), (2), (3), (4)", "expected 2 distinct rows: (20), (30)"]),
         ("SELECT 20", ["returned 1 distinct row: (20)", "expected 2 distinct rows"]),
@@ -410,7 +411,8 @@ def test_a_worker_that_dies_is_a_wrong_verdict_and_is_replaced(db):
 
 
 def run_python(code: str, *args: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, **pipes)
 
 
 def gone(pid: int, within: float) -> bool:
