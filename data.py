@@ -319,7 +319,7 @@ def read_folder(root: Path) -> tuple[Domains, Domains]:
     for (part, name), paths in found.items():
         group = collections[part if both else ""]
         places = {(path.parent, path.suffix) for path in paths}  # several are the shards of one table
-        need(name not in group and len(places) == 1, root, "one data set, each subject once", f"{name} again in {paths[-1]}")
+        need(name not in group and len(places) == 1, root, "each subject once", f"{name} again in {paths[-1]}")
         group[name] = [record for path in paths for record in read_records(path)]
     if both:
         test = by_domain(collections["test"], root)
@@ -449,7 +449,7 @@ def own_problem(record: dict, where: str, default: str | None, domain: str, id: 
     choices = options(record, where, "choices") if record.get("choices") else []
     usual = "choice" if choices else default or ("exact" if isinstance(answer, str) else "number")
     grader, gold, tolerance = record.get("grader") or usual, str(answer), Fraction(0)
-    need(grader in GRADERS, where, f"one of the graders {', '.join(GRADERS)}", grader)
+    need(grader in [*GRADERS], where, f"one of the graders {', '.join(GRADERS)}", grader)
     if grader == "choice":
         letters = {gold_letter(answer, len(choices))} | {a for a, c in zip(LETTERS, choices) if c == gold}
         letters.discard(None)
@@ -459,8 +459,8 @@ def own_problem(record: dict, where: str, default: str | None, domain: str, id: 
         value, given = read_number(gold), read_number(str(record.get("tolerance", 0)))
         need(value is not None, where, "one number as the answer", answer)
         need(given is not None and given >= 0, where, "a tolerance of 0 or more", record.get("tolerance"))
-        # A whole number must be hit exactly, another one to six digits: 0.333333 is meant to be a third.
-        tolerance = given if "tolerance" in record or value.denominator == 1 else abs(value) / 10**6
+        # A whole number must be hit exactly, another one to five digits: 0.333333 is meant to be a third.
+        tolerance = given if "tolerance" in record or value.denominator == 1 else abs(value) / 10**5
     return OwnProblem(id, question, gold, domain, choices=tuple(choices), grader=grader, tolerance=tolerance)
 
 
