@@ -302,14 +302,15 @@ def split_names(names: Iterable[str], split: str) -> list[str]:
 def read_folder(root: Path) -> tuple[Domains, Domains]:
     """Train and test domains of a local copy: JSONL, CSV and parquet files and folders that `datasets` saved, at any
     depth, one per subject or part. Where there are both "train" and "test" folders or files, they are the two; else
-    `split_names` decides. "validation" and "dev" hold few-shot examples and are left out."""
+    `split_names` decides. "validation" and "dev" hold few-shot examples and are left out, hidden files too."""
     if not root.exists():
         raise FileNotFoundError(f"--data {root} does not exist; give a folder of questions, one file per subject.")
     root, found = root.resolve(), {}  # (part, name) -> paths
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
         path = file.parent if file.name == "state.json" else file
         stems = [re.sub(r"-\d+-of-\d+$", "", Path(part).stem) for part in path.relative_to(root.parent).parts]
-        if (path == file and file.suffix not in (".jsonl", ".csv", ".parquet")) or stems[-1] in ("validation", "dev"):
+        skipped = stems[-1] in ("validation", "dev") or any(stem.startswith(".") for stem in stems[1:])
+        if skipped or (path == file and file.suffix not in (".jsonl", ".csv", ".parquet")):
             continue
         part = next((stem for stem in stems[1:] if stem in ("train", "test")), "")
         name = path.parent.name if stems[-1] in ("train", "test") else stems[-1].removeprefix("mmlu_")

@@ -141,7 +141,8 @@ FOUR = Problem("1", "Capital of France?", "B", choices=("Rome", "Paris", "Bern",
     [("B", True), ("b", True), ("B.", True), ("(B)", True), ("[B]", True), (" B\n", True), ("**B**", True),
      ("`B`", True), ("B)", True), ('"B"', True), ("A", False), ("A or B", False), ("B or A", False), ("AB", False),
      ("A, B", False), ("BB", False), ("B B", False), ("", False), ("Paris", False), ("B. Paris", False),
-     ("1", False), ("not B", False), ("≠B", False), ("¬B", False), ("-B", False), ("В", False), ("E", False), ("b2", False), ("?", False)],
+     ("1", False), ("not B", False), ("≠B", False), ("¬B", False), ("-B", False),
+     ("\N{CYRILLIC CAPITAL LETTER VE}", False), ("E", False), ("b2", False), ("?", False)],
 )  # fmt: skip
 def test_one_letter_counts(said: str, correct: bool):
     assert Choice.grade(None, FOUR, f"Let me think. <answer>{said}</answer>").correct is correct
@@ -299,6 +300,13 @@ def test_train_never_shares_a_domain_with_test(tmp_path: Path):
 def test_one_subject_is_found_at_any_depth(tmp_path: Path, make: Callable):
     task = Choice(make(tmp_path))
     assert task.domains("train") == task.domains("test") == ["law"] and len(task.problems("law")) == 1
+
+
+def test_hidden_files_are_no_subjects(tmp_path: Path):
+    write_jsonl(tmp_path / "law.jsonl", record())
+    write_jsonl(tmp_path / ".ipynb_checkpoints/law-checkpoint.jsonl", record())
+    (tmp_path / "._law.csv").write_bytes(b"\x00\xff")
+    assert Choice(tmp_path).domains("all") == ["law"]
 
 
 def test_dropped_records_do_not_move_the_ids(tmp_path: Path):

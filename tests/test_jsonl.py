@@ -57,8 +57,9 @@ def test_contains(tmp_path: Path, gold: str, said: str, correct: bool):
         (100, 5, "94.9", False), (0.5, 0, "0.5", True), (0.5, 0, "0.5000001", False), (10, "0.5", "10.5", True),
         # not one number
         (3, None, "3 or 4", False), (3, None, "between 2 and 3", False), (3, None, "three", False),
-        (3, None, "", False), (1, None, "1/0", False), (3, None, "1.2.3", False), (1, None, "1_000", False), (10, None, "10²", False),
-        (5, None, "5½", False), (5, None, "5e9999", False), (5, None, "5" + " " * 1000 + "6", False),
+        (3, None, "", False), (1, None, "1/0", False), (3, None, "1.2.3", False), (1, None, "1_000", False),
+        (10, None, "10²", False), (5, None, "5½", False), (5, None, "5e9999", False),
+        (5, None, "5" + " " * 1000 + "6", False), (5, None, "5" + "0" * 500, False),
         (1, None, "1 000", False), (1234, None, "1,23,4", False), (0, None, "NaN", False), (1, None, "inf", False),
         (3, None, "٣", False),
     ],

@@ -7,18 +7,21 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import (
     LETTERS, Choice, Jsonl, OwnProblem, Problem, choice_letter, extract_tag, gold_letter, read_letter, read_number,
 )  # fmt: skip
 
+settings.register_profile("here", deadline=None)  # a busy machine is no failure
+settings.load_profile("here")
+
 # Every character there is, lone surrogates (Cs) included, mixed with the pieces that matter.
 CHARACTERS = st.characters(codec=None, categories=("L", "M", "N", "P", "S", "Z", "C"))
 PIECES = ["<answer>", "</answer>", "<ANSWER>", "</Answer>", "<answer", "</answer", "< answer>", "<answer/>", "<prompt>",
-          "</prompt>", "```", "```sql\n", "\ud800", "\udfff", "\x00", "\u200f", "\u202e", "\u2028", "\ufeff", "B", "(B)",
-          "A or B", "12", "-3.5", "1,234", "1e9999", "1/0", "½", "²", "٣", " ", "\n", "\\boxed{B}", "<think>"]  # fmt: skip
+          "</prompt>", "```", "```sql\n", "\ud800", "\udfff", "\x00", "\u200f", "\u202e", "\u2028", "\ufeff", "B",
+          "(B)", "A or B", "12", "-3.5", "1,234", "1e9999", "1/0", "½", "²", "٣", " ", "\n", "\\boxed{B}"]  # fmt: skip
 TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(CHARACTERS, max_size=8)), max_size=12).map("".join)
 # Text without any complete answer tag: what may stand inside a pair or around it.
 PLAIN = TEXTS.map(lambda text: re.sub("<|>", "", text))
