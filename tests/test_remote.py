@@ -13,7 +13,7 @@ import warnings
 import pytest
 from server import Fault, serve
 
-from remote_draft import RemoteModel
+from lse import RemoteModel
 
 KEY = "sk-a-secret/that+nobody=may-see"
 
@@ -243,7 +243,7 @@ def test_retry_after_is_honoured() -> None:
 
 def test_pauses_double_and_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("remote_draft.time.sleep", pauses.append)
+    monkeypatch.setattr("lse.time.sleep", pauses.append)
     with serve(lambda messages, body: Fault()) as server, pytest.raises(ConnectionError):
         remote(server.url, backoff=1.0, retries=5).sample([ask("a")])
     assert len(pauses) == 5, "none after the last try"
@@ -259,7 +259,7 @@ def test_an_odd_retry_after_is_ignored(after: str) -> None:
 
 def test_nobody_waits_longer_than_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("remote_draft.time.sleep", pauses.append)
+    monkeypatch.setattr("lse.time.sleep", pauses.append)
     slow = Fault(status=429, retry_after="86400")
     with serve(lambda messages, body: slow) as server, pytest.raises(ConnectionError):
         remote(server.url).sample([ask("a")])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import report_draft as report
+import evolve as report
 
 SVG_ONLY = {"path", "line", "circle"}  # may close themselves in HTML, as the void elements may
 VOID = {"meta", "br"}

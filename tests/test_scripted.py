@@ -9,7 +9,7 @@ from scripted import RULES, WRONG, accuracy, bird_gold, level, scripted
 from server import serve
 
 from data import extract_tag
-from remote_draft import RemoteModel
+from lse import RemoteModel
 
 GOLD = {f"How many items of kind {i} are there?": f"SELECT {i}" for i in range(30)}
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "bird"
