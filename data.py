@@ -274,8 +274,8 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4) -> list[di
         others = [w for w in WORDS if w not in truth]
         known.update({w: rng.choice(COLUMNS) for w in rng.sample(others, rng.randint(0, 4))})
         known = dict(rng.sample(sorted(known.items()), len(known)))
-    keep, add = (rng.uniform(0.5, 1), rng.uniform(0, 1)) if noisy else (1, 1)
-    trust, repair = (rng.random() < 0.6, rng.random() < 0.5) if noisy else (True, True)
+    keep, add = (rng.uniform(0.5, 1), rng.uniform(0, 0.8)) if noisy else (1, 1)
+    trust, repair = (rng.random() < 0.5, rng.random() < 0.5) if noisy else (True, True)
     summary, edit = [], {w: c for w, c in known.items() if rng.random() < keep}
     for word in rng.choices(sorted(truth), k=k):
         question = mini_question(rng, word)

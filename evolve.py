@@ -63,7 +63,7 @@ class Settings:
 PRESETS = {  # what a field left at None becomes
     # The miniature's solver is so sure of itself that one greedy answer loses nothing; c was chosen on its dev domains.
     "mini": dict(rounds=10, k=4, holdout=8, test=32, samples=1, c=0.3, solver_tokens=16, editor_tokens=40,
-                 solver_temperature=0.0, editor_temperature=1.0, top_p=1.0, top_k=0),
+                 solver_temperature=0.0, editor_temperature=0.7, top_p=0.8, top_k=20),
     "paper": dict(rounds=25, k=10, holdout=50, test=50, samples=8, c=2.0, solver_tokens=2048, editor_tokens=4096,
                   solver_temperature=0.7, editor_temperature=0.7, top_p=0.8, top_k=20),
     # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.

@@ -121,7 +121,7 @@ def warm_up(task, tokenizer, seed: int, hidden: int = 64):
     torch.manual_seed(seed)
     rng, model = random.Random(seed), tiny_qwen3(tokenizer, hidden)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-    recall, answers, clean, noisy = 600, 200, 400, 450  # steps of each lesson; the first ends when it is mastered
+    recall, answers, clean, noisy = 600, 200, 300, 400  # steps of each lesson; the first ends when it is mastered
     bar = tqdm(total=recall + answers + clean + noisy, desc="1. warm-up", unit="step", leave=False)
     size, mastery = 2, 0.0
     for step in range(recall):
