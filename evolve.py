@@ -14,23 +14,28 @@ Left out on purpose: parallel rounds of one tree (each edit reads the one before
 
 from __future__ import annotations
 
+import argparse
 import html
+import json
+import math
 import os
 import random
 import re
+import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from data import Answer, Problem, extract_tag
-from lse import EvolutionTree, LocalModel, Sample
+from data import Answer, Problem, extract_tag, load_task
+from lse import EvolutionTree, LocalModel, RemoteModel, Sample
 
 
 def option(default, text: str):
@@ -176,15 +181,57 @@ def edit_chat(task, editor, instructions: str, summary: list[Answer], limit: int
     return task.edit_chat(instructions, kept), len(summary) - len(kept)
 
 
-def read_edit(task, sample: Sample) -> tuple[str | None, str]:
+def read_edit(task, sample: Sample, tag: str = "prompt") -> tuple[str | None, str]:
     """(new instructions, "") or (None, why the edit is invalid). A task may bring its own reader, `task.read_edit`."""
     reader = getattr(task, "read_edit", None)
-    text = reader(sample.text) if reader else extract_tag(sample.text, "prompt")
+    text = reader(sample.text) if reader else extract_tag(sample.text, tag)
     if text is None:
-        return None, "cut off before </prompt>" if sample.truncated else "no <prompt> tags with instructions inside"
+        return None, f"cut off before </{tag}>" if sample.truncated else f"nothing usable in <{tag}> tags"
     if not reader and len(text) < 10:  # the official code's rule
-        return None, f"instructions of {len(text)} characters, fewer than 10"
+        return None, f"{len(text)} characters in <{tag}> tags, fewer than 10"
     return text, ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing edits: LSE, and the baselines of Section 7 in PAPER order
+# ---------------------------------------------------------------------------------------------------------------------
+
+SEARCH_OF = {"textgrad": "chain", "reflexion": "chain", "gepa": "pareto"}  # "lse" takes any rule, ucb by default
+LESSONS = 10  # how many Reflexion remembers
+
+CRITIC = """A model failed on problems under the instructions below. Say, in a few sentences, what in the instructions led to
+these failures and what should change. Do not write new instructions yet.\n\n# Instructions\n{}\n\n# Failures\n{}"""
+REWRITE = """Improve the instructions below with the help of the feedback. Write the full new instructions between
+<IMPROVED_VARIABLE> and </IMPROVED_VARIABLE>.\n\n# Instructions\n{}\n\n# Feedback\n{}"""
+LESSON = "Do not rewrite the instructions. Instead write the one lesson most worth adding between <lesson> and </lesson>."
+
+
+def failures(summary: list[Answer], most: int = 6) -> str:
+    """Up to six wrong answers for TextGrad's critic, those with different feedback first."""
+    wrong = [a for a in summary if not a.correct]
+    first = list({a.feedback: a for a in reversed(wrong)}.values())[::-1]
+    chosen = (first + [a for a in wrong if a not in first])[:most]
+    return "\n\n".join(f"{a.question}\nanswer: {a.answer}\nexpected: {a.gold}\n{a.feedback}" for a in chosen) or "(none)"
+
+
+def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]], s: Settings) -> list[tuple]:
+    """One edit per job (old instructions, summary): (new instructions or None, why not, what the editor wrote)."""
+    tag, sampling = {"textgrad": "IMPROVED_VARIABLE", "reflexion": "lesson"}.get(method, "prompt"), editor_sampling(s)
+    chats = [edit_chat(task, editor, old, summary, s.max_prompt_tokens)[0] for old, summary in jobs]
+    if method == "reflexion":
+        chats = [[*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + "\n\n" + LESSON}] for chat in chats]
+    if method == "textgrad":  # the "gradient" is text: a critique, which a second call applies
+        asked = [[{"role": "user", "content": CRITIC.format(old, failures(summary))}] for old, summary in jobs]
+        critiques = [row[0].text for row in editor.sample(asked, **sampling)]
+        chats = [[{"role": "user", "content": REWRITE.format(old, c)}] for (old, _), c in zip(jobs, critiques)]
+    edits = []
+    for (old, _), (sample,) in zip(jobs, editor.sample(chats, **sampling)):
+        text, note = read_edit(task, sample, tag)
+        if text and method == "reflexion":
+            head, *lessons = old.split("\nLesson: ")
+            text = "\nLesson: ".join([head, *[*lessons, " ".join(text.split())][-LESSONS:]])
+        edits.append((text, note, sample.text))
+    return edits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,37 +247,69 @@ def plant(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionT
 
 
 def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Settings, search: str = "ucb",
-               on_round=None, progress: str = "") -> dict[str, EvolutionTree]:
-    """Grow the tree of every domain to `s.rounds` rounds, all in step, so that each model call is one large batch."""
+               method: str = "lse", on_round=None, progress: str = "") -> dict[str, EvolutionTree]:
+    """Grow every domain's tree to `s.rounds` rounds, all in step, so that each model call is one large batch.
+
+    Each round adds one node to each tree, so an interrupted run goes on where the trees stand.
+    """
     splits = {d: split_problems(task.problems(d), s) for d in trees}
-    first = min(len(tree.nodes) - 1 for tree in trees.values())
-    for round_ in tqdm(range(first, s.rounds), desc=progress, unit="round", disable=not progress, leave=False):
+    first = min((len(tree.nodes) - 1 for tree in trees.values()), default=0)
+    for round_ in tqdm(range(first, s.rounds), initial=first, total=s.rounds, desc=progress, unit="round",
+                       disable=not progress, leave=False):
         torch.manual_seed(hash((s.seed, round_)))
-        # 1. Select a node n* of each tree, 2. let the solver answer k fresh problems under its instructions.
+        # 1. Select a node n* of each tree. 2. The solver answers k fresh problems under its instructions.
         parents = {d: tree.select(search, seed=s.seed) for d, tree in trees.items()}
         jobs = [(parents[d].instructions, draw_batch(splits[d]["pool"], s, d, round_)) for d in trees]
-        summaries = dict(zip(trees, solve_all(task, solver, jobs, **solver_sampling(s))))
+        summaries = solve_all(task, solver, jobs, **solver_sampling(s))
         # 3. The editor reads (c, S) and writes new instructions.
-        chats = [edit_chat(task, editor, parents[d].instructions, summaries[d], s.max_prompt_tokens)[0] for d in trees]
-        samples = [row[0] for row in editor.sample(chats, **editor_sampling(s))]
-        edits = {d: read_edit(task, sample) for d, sample in zip(trees, samples)}
-        # 4. Score them on the holdout, 5. attach them. An invalid edit costs its round and is recorded with the reason.
+        seen = [(old, summary) for (old, _), summary in zip(jobs, summaries)]
+        edits = dict(zip(trees, write_edits(task, editor, method, seen, s)))
+        if method == "gepa":  # its gate: only what is strictly better on the minibatch is worth a full scoring
+            tried = [(d, text, batch) for (d, (text, *_)), (_, batch) in zip(edits.items(), jobs) if text is not None]
+            again = solve_all(task, solver, [(text, batch) for _, text, batch in tried], **solver_sampling(s))
+            before = {d: sum(a.correct for a in summary) for d, summary in zip(trees, summaries)}
+            for (d, text, batch), answers in zip(tried, again):
+                if sum(a.correct for a in answers) <= before[d]:
+                    edits[d] = (None, f"no better on its minibatch than {before[d]} of {len(batch)}", text)
+        # 4. Score it on the holdout. 5. Attach it. An invalid edit costs its round and is recorded with the reason.
         valid = [d for d in trees if edits[d][0] is not None]
         scores = dict(zip(valid, score_all(task, solver, [(edits[d][0], splits[d]["holdout"]) for d in valid], s)))
-        for d, sample in zip(trees, samples):
-            text, note = edits[d]
-            mean = fmean(scores[d]) if d in scores else None
-            summary = [asdict(answer) for answer in summaries[d]]
-            trees[d].add(parents[d], text or sample.text, mean, scores.get(d), summary, note)
+        for d, summary in zip(trees, summaries):
+            text, note, wrote = edits[d]
+            score = fmean(scores[d]) if d in scores else None
+            if method == "textgrad" and score is not None and score < parents[d].score:
+                score, note = None, f"reverted: the holdout score fell from {parents[d].score:.3f} to {score:.3f}"
+            trees[d].add(parents[d], text or wrote, score, scores.get(d), [asdict(a) for a in summary], note)
         if on_round:
-            on_round(round_, trees)
+            on_round(trees)
     return trees
 
 
-def evolve(task, domain: str, solver, editor, settings: Settings | None = None, search: str = "ucb", **changes) -> EvolutionTree:
-    """Evolve the instructions of one domain; `changes` are fields of Settings, such as rounds=5."""
-    s = with_presets(replace(settings or Settings(task=task.name), **changes))
-    return evolve_all(task, plant(task, [domain], solver, s), solver, editor, s, search)[domain]
+def evolve(task, domain: str, solver, editor, settings: Settings | None = None, search: str = "ucb", method: str = "lse",
+           **changes) -> EvolutionTree:
+    """Evolve the instructions of one domain; `changes` are fields of Settings, such as rounds=5.
+
+    What stays None takes the preset of the task's name (see with_presets); a task of your own gets the paper's values.
+    """
+    s = with_presets(replace(settings or Settings(task=task.name), **changes), remote=True)
+    return evolve_all(task, plant(task, [domain], solver, s), solver, editor, s, search, method)[domain]
+
+
+def final_test(task, trees: dict[str, EvolutionTree], solver, s: Settings) -> dict[str, tuple[list, list]]:
+    """Per domain, the test scores under the seed instructions and under the best node's: problems not touched before."""
+    jobs = [(text, split_problems(task.problems(d), s)["test"]) for d, tree in trees.items()
+            for text in (tree.nodes[0].instructions, tree.best().instructions)]
+    scores = score_all(task, solver, jobs, s)
+    return dict(zip(trees, zip(scores[::2], scores[1::2])))
+
+
+def mean_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error; nan where one value cannot tell.
+
+    >>> mean_error([1.0, 3.0])
+    (2.0, 1.0)
+    """
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,3 +529,203 @@ node. ✗: invalid edit.</figcaption></figure><div><h3>Best instructions (#{best
 test split.</p></div><div>{chart_svg(list(runs.values()), low, high)}<br/><span class="dim">Line: best so far. Dot: the
 round's own edit.</span></div></div>{body}</body></html>
 """, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(Settings):
+    """Everything that can be set. `--help` prints these words."""
+
+    solver: str = option("", "checkpoint folder, hub name or http(s)://.../v1; empty: runs/<task>/base")
+    editor: str = option("", "the same for the editor; empty: runs/<task>/editor")
+    solver_model: str = option("", "the solver's name on its server; empty: the first that the server lists")
+    editor_model: str = option("", "the editor's name on its server; empty: the first that the server lists")
+    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
+    method: Literal["lse", "textgrad", "gepa", "reflexion"] = option("lse", "lse, or a baseline in the same loop")
+    domains: str = option("", "domains by name, separated by commas, or how many of the task's test domains; empty: all")
+    compare: bool = option(False, "untrained (the solver itself) and trained editor x every search, as one table")
+    seeds: int = option(3, "seeds of --compare")
+    paper_protocol: bool = option(False, "the paper's protocol: holdout 50 x 8 answers, T = 25, k = 10, no test split")
+    max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
+    out: str = option("", "the run's folder; empty: runs/<task>-evolve")
+    resume: bool = option(False, "go on where the trees in --out stand")
+    overwrite: bool = option(False, "delete the run in --out first")
+
+
+def open_run(s, out: Path, free: Collection[str]) -> None:
+    """Make the run's folder, or find it as these settings left it. SystemExit in one sentence where that cannot be.
+
+    `free` names the settings that may differ when a run is resumed.
+    """
+    file, settings = out / "config.json", asdict(s)
+    if s.overwrite and not s.resume and file.exists():
+        shutil.rmtree(out)
+    if file.exists() and not s.resume:
+        raise SystemExit(f"{out} holds a run: go on with it by --resume, delete it by --overwrite, or name another --out.")
+    if s.resume and not file.exists():
+        raise SystemExit(f"{out} holds no run to resume (no config.json): leave --resume out to start one.")
+    if s.resume:
+        old = json.loads(file.read_text())
+        changed = [f"--{name} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
+                   if name not in {*free, "resume", "overwrite"} and old.get(name) != value]
+        if changed:
+            raise SystemExit(f"{out} was run with other settings ({'; '.join(changed)}): give the same, or another --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(settings, indent=1))
+    except OSError as error:
+        raise SystemExit(f"{out} cannot be written ({error}): name another --out.") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """First under another name, so that a kill leaves the old file or the new one."""
+    path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8")
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def load_models(s: Config):
+    """Solver and editor. One checkpoint in both roles is loaded once, behind two counters."""
+    names = [s.solver or f"runs/{s.task}/base", s.editor or f"runs/{s.task}/editor"]
+    models = []
+    for name, served in zip(names, (s.solver_model, s.editor_model)):
+        if name.startswith(("http://", "https://")):
+            models.append(RemoteModel(name, served or None))
+        elif models and name == names[0]:
+            models.append(LocalModel(models[0].model, models[0].tokenizer, s.max_batch_tokens))
+        else:
+            models.append(load_model(name, s.max_batch_tokens))
+    return models
+
+
+def pick_domains(task, wanted: str) -> list[str]:
+    """All test domains, the first n of them, or those named."""
+    if not wanted or wanted.isdigit():
+        return task.domains("test")[: int(wanted or 0) or None]
+    names, known = [name.strip() for name in wanted.split(",")], task.domains("all")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise SystemExit(f"No domain {', '.join(missing)} in {task.name}; there are: {', '.join(known)[:2000]}.")
+    return names
+
+
+def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
+    """The saved trees of a killed run, {} unless all are there. Killed while saving, some are one round ahead: cut back."""
+    files = {d: folder / f"{tree_name(d)}.json" for d in domains}
+    if not all(file.exists() for file in files.values()):
+        return {}
+    trees = {d: EvolutionTree.load(file) for d, file in files.items()}
+    rounds = min(len(tree.nodes) for tree in trees.values())
+    for tree in trees.values():
+        for node in tree.nodes[rounds:]:
+            tree.nodes[node.parent].visits -= 1
+            tree.rounds -= 1
+        del tree.nodes[rounds:]
+    return trees
+
+
+def tree_name(domain: str) -> str:
+    """A file name for a domain of any name."""
+    return re.sub(r"[^\w.-]", "_", domain)
+
+
+def cost(solver, editor) -> str:
+    return ";  ".join(f"{role}: {m.calls:,} answers, {m.prompt_tokens:,} + {m.completion_tokens:,} tokens"
+                      for role, m in (("solver", solver), ("editor", editor)))
+
+
+def compare(task, domains: list[str], solver, editor, s: Config) -> str:
+    """{untrained, trained} x searches x seeds as a Markdown table: mean ± s.e. over domains, each averaged over seeds."""
+    untrained = LocalModel(solver.model, solver.tokenizer) if isinstance(solver, LocalModel) else solver
+    table = ["| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |", "|---|---|---|---|---|---|"]
+    for label, model in (("untrained", untrained), ("trained", editor)):
+        for method, search in (("lse", "chain"), ("lse", "best"), ("lse", "ucb"), ("gepa", "pareto")):
+            holdout, test, start = ({d: [] for d in domains} for _ in range(3))
+            calls = solver.calls
+            for seed in range(s.seed, s.seed + s.seeds):
+                own = replace(s, seed=seed)
+                trees = plant(task, domains, solver, own)
+                evolve_all(task, trees, solver, model, own, search, method, progress=f"{label} {method} {search} {seed}")
+                for d, (before, after) in final_test(task, trees, solver, own).items():
+                    holdout[d].append(trees[d].best().score)
+                    test[d].append(fmean(after))
+                    start[d].append(fmean(before))
+            cells = ["{:.3f} ± {:.3f}".format(*mean_error([fmean(x) for x in v.values()])) for v in (holdout, test, start)]
+            name = search if method == "lse" else f"{method} ({search})"
+            table.append(f"| {label} | {name} | {' | '.join(cells)} | {(solver.calls - calls) // s.seeds:,} |")
+            print(table[-1], flush=True)
+    return "\n".join(table)
+
+
+def main(s: Config) -> None:
+    """Evolve some domains and say what was gained, or compare."""
+    if s.paper_protocol:
+        s = replace(s, rounds=25, k=10, holdout=50, samples=8, test=0)
+    remote = all(name.startswith("http") for name in (s.solver, s.editor))
+    s = with_presets(s, PRESETS, remote)
+    task, out = load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}-evolve")
+    domains = pick_domains(task, s.domains)
+    for d in domains:  # too few problems are an error before any model is loaded
+        split_problems(task.problems(d), s)
+    solver, editor = load_models(s)
+    open_run(s, out, free=["rounds"])
+    if s.compare:
+        write_text(out / "compare.md", compare(task, domains, solver, editor, s) + "\n")
+        print(f"Saved in {out / 'compare.md'}.")
+        return
+
+    def save(trees: dict[str, EvolutionTree]) -> None:
+        for d, tree in trees.items():
+            tree.save(out / "trees" / f"{tree_name(d)}.json")
+
+    trees = restore_trees(out / "trees", domains) if s.resume else {}
+    if not trees:
+        save(trees := plant(task, domains, solver, s))
+    search = SEARCH_OF.get(s.method, s.search)
+    evolve_all(task, trees, solver, editor, s, search, s.method, on_round=save, progress=f"{s.method} {search}")
+    finish(task, trees, solver, editor, s, out)
+
+
+def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out: Path) -> None:
+    """Say and save what came out: each tree, the optimistic and the honest number, the cost."""
+    for d, tree in trees.items():
+        best = tree.best()
+        if len(trees) <= 3 or d == next(iter(trees)):
+            print(f"\n{d} (* leads to the best node)\n{tree_text(tree)}\nBest instructions:\n{best.instructions}\n")
+    results = {"config": asdict(s), "domains": {d: {"seed_holdout": t.nodes[0].score, "best_holdout": t.best().score,
+                                                   "instructions": t.best().instructions} for d, t in trees.items()}}
+    rise = mean_error([t.best().score - t.nodes[0].score for t in trees.values()])
+    print("Holdout, best node minus seed instructions: {:+.3f} ± {:.3f} (optimistic: the search chose by it)".format(*rise))
+    if s.test:
+        tested = final_test(task, trees, solver, s)
+        per = {d: [b - a for a, b in zip(*scores)] for d, scores in tested.items()}
+        gains = list(map(fmean, per.values())) if len(per) > 1 else next(iter(per.values()))
+        for d, (before, after) in tested.items():
+            results["domains"][d] |= {"seed_test": fmean(before), "best_test": fmean(after)}
+        before, after = (fmean(fmean(scores[i]) for scores in tested.values()) for i in (0, 1))
+        results["test"] = {"seed": before, "best": after, "gain": mean_error(gains)}
+        print(f"Test, never touched before: {before:.3f} -> {after:.3f}, gain {{:+.3f}} ± {{:.3f}} (paired, over "
+              f"{'domains' if len(per) > 1 else 'problems'})".format(*mean_error(gains)))
+    results["cost"] = cost(solver, editor)
+    print(f"Cost: {results['cost']}")
+    write_text(out / "results.json", json.dumps(results, indent=1))
+    write_report(out / "report.html", dict(list(trees.items())[:20]), f"{s.task}: {s.method}")
+    print(f"Saved in {out}: trees/, results.json, report.html.")
+
+
+def command_line(config: type, doc: str):
+    """The config that the command line asks for. Unknown flags are errors, and so is what breaks a rule of the data."""
+    parser = HfArgumentParser(config, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return config(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    try:
+        main(command_line(Config, __doc__))
+    except (ValueError, OSError) as error:  # wrong paths and values, an unreachable server: a sentence, no traceback
+        raise SystemExit(f"evolve.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped. Every finished round is saved: go on with the same command and --resume.") from None

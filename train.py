@@ -14,25 +14,25 @@ Left out on purpose: a critic, a KL term, several epochs per batch, a separate i
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import random
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
 
 import data
-from evolve import (Settings, draw_batch, edit_chat, evolve_all, load_model, option, plant, read_edit, score_all, solve_all,
-                    solver_sampling, split_problems, tree_text, with_presets, write_report)
+from evolve import (Settings, command_line, draw_batch, edit_chat, evolve_all, final_test, load_model, mean_error, open_run,
+                    option, plant, read_edit, score_all, solve_all, solver_sampling, split_problems, tree_name, tree_text,
+                    with_presets, write_report, write_text)
 from lse import LocalModel, MasterAdamW, advantages, delta_reward, group_logprobs, policy_loss
 
 
@@ -94,54 +94,64 @@ def encode_row(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
-def imitate(model, tokenizer, rows: list[list[dict]], optimizer) -> float:
-    """One supervised step on rows of chat. Returns how often a row's last word came out right (for recall: looked up)."""
-    encoded = [encode_row(tokenizer, row) for row in rows]
-    ids, targets = (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in part], batch_first=True, padding_value=fill)
-        for part, fill in zip(zip(*encoded), (tokenizer.pad_token_id, -100))
-    )
-    logits, targets = model(ids).logits[:, :-1], targets[:, 1:]  # (B, T, V), (B, T)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    loss.backward()
+def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> float:
+    """One supervised step on batches of chat rows. Returns how often a row of the first ended on the right word."""
+    losses, labels = [], 0
+    for rows in batches:
+        encoded = zip(*(encode_row(tokenizer, row) for row in rows))
+        ids, targets = (torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in part], True, padding_value=fill)
+                        for part, fill in zip(encoded, (tokenizer.pad_token_id, -100)))
+        logits, targets = model(ids).logits[:, :-1], targets[:, 1:]  # (B, T, V), (B, T)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"))
+        labels += (targets != -100).sum()
+        if len(losses) == 1:
+            last = torch.where(targets != -100, torch.arange(targets.shape[1]), 0).amax(1) - 1  # before the end of turn
+            row = torch.arange(len(rows))
+            right = (logits[row, last].argmax(-1) == targets[row, last]).float().mean().item()
+    (sum(losses) / labels).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    last = (targets != -100).sum(1) + (targets == -100).int().argmin(1) - 2  # the token before the end of turn
-    row = torch.arange(len(rows))
-    return (logits[row, last].argmax(-1) == targets[row, last]).float().mean().item()
+    return right
 
 
 def warm_up(task, tokenizer, seed: int, hidden: int = 64):
     """Teach a fresh tiny model its two jobs: to look words up in a glossary, and to edit a glossary, well or badly.
 
-    Looking things up (an induction head) forms suddenly or not at all, so it comes first, as bare recall: short rows, and
-    a glossary that grows from 2 to 8 words as fast as they are mastered.
+    Looking things up (an induction head) forms suddenly or not at all. So the first two lessons last until it works: bare
+    recall in short rows, with a glossary that grows from 2 to 8 words as fast as they are mastered; then whole answers.
     """
     torch.manual_seed(seed)
     rng, model = random.Random(seed), tiny_qwen3(tokenizer, hidden)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-    recall, answers, clean, noisy = 600, 200, 300, 400  # steps of each lesson; the first ends when it is mastered
+    recall, answers, clean, noisy = 600, 500, 300, 400  # steps of each lesson, of the first two at most
     bar = tqdm(total=recall + answers + clean + noisy, desc="1. warm-up", unit="step", leave=False)
     size, mastery = 2, 0.0
     for step in range(recall):
-        sizes = [rng.choice([max(2, size - 1), size]) for _ in range(1536 // (2 * size + 10))]
-        right = imitate(model, tokenizer, [data.recall_row(rng, n) for n in sizes], optimizer)
-        mastery = 0.8 * mastery + 0.2 * right
         bar.update()
+        sizes = [rng.choice([max(2, size - 1), size]) for _ in range(1400 // (2 * size + 10) + 600 // (2 * size + 41))]
+        pairs = 1400 // (2 * size + 10)
+        right = imitate(model, tokenizer, optimizer, [data.recall_row(rng, n) for n in sizes[:pairs]],
+                        [data.solve_row(rng, n, questions=2) for n in sizes[pairs:]])
+        mastery = 0.8 * mastery + 0.2 * right
         if mastery > 0.9 and size == 8:
             break
         if mastery > 0.9:
             size, mastery = size + 1, 0.0
     bar.total -= recall - step - 1
-    for step in range(-answers, clean + noisy):
+    for step in range(answers):
+        bar.update()
+        imitate(model, tokenizer, optimizer, [data.solve_row(rng, rng.randint(1, 10)) for _ in range(16)])
+        if step % 25 == 24 and lookup(task, LocalModel(model, tokenizer)) > 0.97:
+            break
+    bar.total -= answers - step - 1
+    for step in range(clean + noisy):
+        bar.update()
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (clean + noisy - step) / (0.4 * (clean + noisy)))
-        share = 0.7 if step >= 0 else 0.0  # of edits; the rest stays practice in answering
-        rows = [data.edit_row(rng, task, noisy=step >= clean) if rng.random() < share else
+        rows = [data.edit_row(rng, task, noisy=step >= clean) if rng.random() < 0.7 else
                 data.solve_row(rng, rng.randint(1, 12)) for _ in range(16)]
-        imitate(model, tokenizer, rows, optimizer)
-        bar.update()
+        imitate(model, tokenizer, optimizer, rows)
     bar.close()
     return model.eval()
 
@@ -263,15 +273,12 @@ def evaluate(task, solver, editor, s: Config, progress: str) -> tuple[dict, dict
 
     Returns ({"test_accuracy", "stderr", "domains", ...}, trees); the standard error is over domains.
     """
-    domains = task.domains("test")
-    trees = plant(task, domains, solver, s)
+    trees = plant(task, task.domains("test"), solver, s)
     evolve_all(task, trees, solver, editor, s, s.search, progress=progress)
-    tests = [split_problems(task.problems(d), s)["test"] for d in domains]
-    jobs = [(instructions, test) for d, test in zip(domains, tests) for instructions in (trees[d].best().instructions, task.seed_instructions)]
-    means = [fmean(scores) for scores in score_all(task, solver, jobs, s)]
-    best, seed = means[::2], means[1::2]
-    return {"test_accuracy": fmean(best), "stderr": stdev(best) / len(best) ** 0.5 if len(best) > 1 else None,
-            "domains": len(best), "seed_instructions": fmean(seed),
+    scores = final_test(task, trees, solver, s).values()
+    mean, error = mean_error([fmean(best) for _, best in scores])
+    return {"test_accuracy": mean, "stderr": None if math.isnan(error) else error, "domains": len(trees),
+            "seed_instructions": fmean(fmean(seed) for seed, _ in scores),
             "holdout_best": fmean(tree.best().score for tree in trees.values())}, trees
 
 
@@ -320,27 +327,7 @@ def load_checkpoint(out: Path) -> dict | None:
     return None
 
 
-def open_run(s: Config, out: Path) -> None:
-    """Make the run's folder, or find it as this config left it. SystemExit in one sentence where that cannot be."""
-    file, settings = out / "config.json", asdict(s)
-    if s.overwrite and not s.resume and file.exists():
-        shutil.rmtree(out)
-    if file.exists() and not s.resume:
-        raise SystemExit(f"{out} holds a run: go on with it by --resume, delete it by --overwrite, or name another --out.")
-    if s.resume and not file.exists():
-        raise SystemExit(f"{out} holds no run to resume (no config.json); leave --resume out to start one.")
-    if s.resume:
-        free = {"steps", "resume", "overwrite", "save_every", "dry_run"}
-        old = json.loads(file.read_text())
-        changed = [f"--{name} was {old.get(name)!r}, is {value!r}" for name, value in settings.items()
-                   if name not in free and old.get(name) != value]
-        if changed:
-            raise SystemExit(f"{out} was run with other settings ({'; '.join(changed)}): give the same, or another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1))
-
-
-def show_edit(batch: dict, states: list[dict], domain_name: str = "") -> str:
+def show_edit(batch: dict, states: list[dict]) -> str:
     """One sampled edit in words, with the score before and after it."""
     before, after = states[0]["score"], float(batch["after"][0, 0])
     new = batch["edits"][0][0] if batch["edits"][0][0] is not None else "INVALID: " + batch["samples"][0][0].text
@@ -410,7 +397,7 @@ def main(s: Config) -> dict:
     seconds, clock = {}, time.time()
     s = with_presets(s, TRAIN_PRESETS)
     task, out = data.load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}")
-    open_run(s, out)
+    open_run(s, out, free=["steps", "save_every"])
 
     # 1. A base model, twice: π_θ, the solver, stays as it is; f_ψ, the editor, starts from the same weights.
     base = s.model or (out / "base" if (out / "base").exists() else warm_base(task, s, out))
@@ -430,9 +417,9 @@ def main(s: Config) -> dict:
     trained, trees = evaluate(task, solver, editor, s, "4. trained editor")
     seconds["evaluation"] = time.time() - clock
     results = {"untrained": untrained, "trained": trained, "reward_noise": noise, "seconds": seconds, "config": asdict(s)}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_text(out / "results.json", json.dumps(results, indent=1))
     for name, tree in trees.items():
-        tree.save(out / "trees" / f"{name}.json")
+        tree.save(out / "trees" / f"{tree_name(name)}.json")
     domain = next(iter(trees))
     write_report(out / "report.html", {"untrained": trees_before[domain], "trained": trees[domain]}, f"Editing instructions for {domain}")
     print_results(results, domain, trees[domain], out)
@@ -450,11 +437,16 @@ def print_results(results: dict, domain: str, tree, out: Path) -> None:
         say(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
     if results["config"]["task"] == "mini":
         say(f"  {EXPECT}")
-    say(f"Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
+    say("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
     say(f"Saved in {out}: editor/ (loads with from_pretrained), results.json, log.jsonl, trees/, report.html.")
 
 
 EXPECT = "expect"  # measured: see README.md
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Config, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args_into_dataclasses()[0])
+    try:
+        main(command_line(Config, __doc__))
+    except (ValueError, OSError) as error:  # wrong paths and values: a sentence, no traceback
+        raise SystemExit(f"train.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped. Every finished step is saved: go on with the same command and --resume.") from None
