@@ -349,7 +349,7 @@ def policy_loss(
     weighs the same: no 1/|o| per response, which would favour long failures. Without `old_logprobs` the batch is
     on-policy: the ratio is 1, the clip never acts, and the gradient is −A ∇log p.
 
-    >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the batch's fourth token is in another micro-batch
+    >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
     >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
     -0.25
     """
