@@ -14,8 +14,35 @@ What a task is: any object with the seven members below. Nothing here knows abou
 
 from __future__ import annotations
 
+import ast
+import atexit
+import contextlib
+import csv
+import difflib
+import faulthandler
+import functools
+import glob
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import random
 import re
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -72,19 +99,1071 @@ def extract_tag(text: str, tag: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The miniature: databases with a hidden glossary
 # ---------------------------------------------------------------------------------------------------------------------
+# BIRD at 1/30,000 of the size. A domain is a real SQLite table with columns c0..c7; its users ask for "profit" or "rank",
+# and only a hidden glossary says which column that is. What instructions can carry is exactly this knowledge: lines of
+# "word column". The seed instructions are empty, so the solver starts at zero and every point is an edit's doing.
+
+WORDS = (
+    "profit rank price stock margin weight age rating cost score sales tax "
+    "height volume speed quota debt bonus salary budget growth income loss share"
+).split()
+COLUMNS = [f"c{i}" for i in range(8)]
+ROWS = range(1, 17)  # values of the column `id`
+QUESTIONS = {"total": "SUM", "highest": "MAX", "lowest": "MIN"}
+
+
+def mini_sql(question: str, column: str) -> str:
+    """The SQL for a question of the miniature. Tokens are separated by spaces: its tokenizer is word-level.
+
+    >>> mini_sql("item 3 profit", "c5"), mini_sql("total profit", "c5")
+    ('SELECT c5 FROM t WHERE id = 3', 'SELECT SUM ( c5 ) FROM t')
+    """
+    kind, *rest = question.split()
+    if kind == "item":
+        return f"SELECT {column} FROM t WHERE id = {rest[0]}"
+    return f"SELECT {QUESTIONS[kind]} ( {column} ) FROM t"
+
+
+def read_glossary(text: str) -> dict[str, str]:
+    """Pairs "word column" found in any text, in order; the last line about a word wins.
+
+    >>> read_glossary("profit c5 rank c1 nonsense profit c2")
+    {'profit': 'c2', 'rank': 'c1'}
+    """
+    tokens = text.split()
+    return {word: column for word, column in zip(tokens, tokens[1:]) if word in WORDS and column in COLUMNS}
+
+
+class Mini:
+    """The miniature task. Domain names carry their seed, so a domain is the same on every machine."""
+
+    name = "mini"
+    seed_instructions = ""
+
+    def __init__(self, train: int = 24, test: int = 32, dev: int = 16):
+        self.sizes = {"train": train, "test": test, "dev": dev}  # dev: for tuning; never trained on, never reported
+        self.databases: dict[str, sqlite3.Connection] = {}
+        self.results: dict[tuple[str, str], list | None] = {}  # (domain, SQL) -> rows; None is an error
+
+    def domains(self, split: str = "all") -> list[str]:
+        splits = ("train", "test", "dev") if split == "all" else (split,)
+        return [f"{name}{i:03d}" for name in splits for i in range(self.sizes[name])]
+
+    def glossary(self, domain: str) -> dict[str, str]:
+        """The hidden truth of a domain: 8 of 24 words, each meaning one column."""
+        rng = random.Random(domain)
+        return dict(zip(rng.sample(WORDS, 8), rng.sample(COLUMNS, 8)))
+
+    def problems(self, domain: str) -> list[Problem]:
+        """19 questions about each of 8 words: 2 in the holdout, 4 in the test split, 13 in the pool."""
+        rng, glossary = random.Random(domain), self.glossary(domain)
+        kinds = [f"item {i}" for i in ROWS] + list(QUESTIONS)
+        shuffled = {word: rng.sample(kinds, len(kinds)) for word in glossary}
+        out = []
+        for i in range(len(kinds)):  # word by word inside: the first 8 of any split ask for every word once
+            for word, column in glossary.items():
+                split, question = "holdout" if i < 2 else "test" if i < 6 else "pool", f"{shuffled[word][i]} {word}"
+                out.append(Problem(f"{domain}/{question}", question, mini_sql(question, column), domain, split))
+        return out
+
+    def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
+        # The word asked for is the last token before the answer, which restates it: that is what lets a three-layer
+        # model learn to look it up (an induction head).
+        return [{"role": "system", "content": "solve"}, {"role": "user", "content": f"{instructions} {problem.question}"}]
+
+    def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
+        graded = [
+            f"question {a.question} gold {a.gold} answer {a.answer} {'correct' if a.correct else 'wrong'}" for a in summary
+        ]
+        return [{"role": "system", "content": "edit"}, {"role": "user", "content": f"{instructions} " + " ".join(graded)}]
+
+    def read_edit(self, text: str) -> str | None:
+        """New instructions as stored: one line per word. None if the tags are missing or hold no entry."""
+        glossary = read_glossary(extract_tag(text, "prompt") or "")
+        return "\n".join(f"{word} {column}" for word, column in glossary.items()) or None
+
+    def rows(self, domain: str, sql: str) -> list | None:
+        """The result of one query on the domain's database, None on any error. Read-only: the authorizer refuses."""
+        if domain not in self.databases:
+            rng, db = random.Random(domain), sqlite3.connect(":memory:", check_same_thread=False)
+            db.execute(f"CREATE TABLE t (id, {', '.join(COLUMNS)})")
+            db.executemany(f"INSERT INTO t VALUES ({'?,' * 8}?)", [(i, *rng.choices(range(1000), k=8)) for i in ROWS])
+            allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+            db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
+            db.set_progress_handler(lambda: 1, 100_000)  # any query that takes longer is aborted
+            self.databases[domain] = db
+        if (domain, sql) not in self.results:
+            try:
+                self.results[domain, sql] = self.databases[domain].execute(sql).fetchall()
+            except (sqlite3.Error, sqlite3.Warning, ValueError):
+                self.results[domain, sql] = None
+        return self.results[domain, sql]
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        sql = extract_tag(response, "answer") or ""
+        rows = self.rows(problem.domain, sql) if sql else None
+        correct = rows is not None and rows == self.rows(problem.domain, problem.gold)
+        return Grade(correct, sql, "" if correct else "SQL error" if rows is None else "wrong result")
+
+
+def mini_tokenizer():
+    """A word-level `PreTrainedTokenizerFast` with a chat template; saved and loaded like any other tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = "<unk> solve edit question gold answer correct wrong none item SELECT FROM t WHERE id = SUM MAX MIN ( )".split()
+    words += ["<answer>", "</answer>", "<prompt>", "</prompt>", *QUESTIONS, *map(str, ROWS), *COLUMNS, *WORDS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return tokenizer
+
+
+# The warm-up: rows of chat from which a tiny model learns to answer and to edit. It stands in for pretraining, and like
+# pretraining it shows good and bad work: the base has seen careless edits, and RL selects among what it has seen.
+
+
+def mini_answer(question: str, glossary: dict[str, str]) -> str:
+    """What a solver that reads its glossary answers. For an unknown word, SQL that fails: luck earns nothing."""
+    word = question.split()[-1]
+    column = glossary.get(word)
+    return f"{word} {column or 'none'} <answer> {mini_sql(question, column or word)} </answer>"
+
+
+def mini_question(rng: random.Random, word: str) -> str:
+    return f"{rng.choice([f'item {rng.choice(ROWS)}'] * 3 + list(QUESTIONS))} {word}"
+
+
+def lines(glossary: dict[str, str]) -> str:
+    return "\n".join(f"{word} {column}" for word, column in glossary.items())
+
+
+def recall_row(rng: random.Random, size: int) -> list[dict]:
+    """A glossary, then some of its entries again: bare practice in looking things up. Short rows on purpose: a fresh
+    model attends evenly over all it sees, and in a short row that is enough of a hint to start from."""
+    pairs = list(zip(rng.sample(WORDS, size), rng.sample(COLUMNS, size)))
+    return [{"role": "assistant", "content": " ".join(f"{w} {c}" for w, c in pairs + rng.choices(pairs, k=4))}]
+
+
+def solve_row(rng: random.Random, size: int, questions: int = 8) -> list[dict]:
+    """A solver chat of several turns: some words stand in the glossary, a quarter of those asked for do not."""
+    words = rng.sample(WORDS, min(len(WORDS), size + max(1, size // 3)))
+    glossary = dict(zip(words[:size], rng.choices(COLUMNS, k=size)))
+    messages = [{"role": "system", "content": "solve"}]
+    for turn in range(questions):
+        question = mini_question(rng, rng.choice(words))
+        content = f"{lines(glossary)} {question}" if turn == 0 else question
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": mini_answer(question, glossary)}]
+    return messages
+
+
+def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4) -> list[dict]:
+    """An editor chat and one edit of it. A clean edit keeps every entry and adds all that the gold answers teach; a noisy
+    one has a quality of its own: how much it keeps and adds, whether it trusts gold, whether it repairs conflicts."""
+    truth = dict(zip(rng.sample(WORDS, 8), rng.sample(COLUMNS, 8)))
+    known = dict(rng.sample(sorted(truth.items()), rng.randint(0, 8)))
+    if noisy:  # wrong entries, and words that nobody asks about
+        known = {w: c if rng.random() < 0.85 else rng.choice(COLUMNS) for w, c in known.items()}
+        others = [w for w in WORDS if w not in truth]
+        known.update({w: rng.choice(COLUMNS) for w in rng.sample(others, rng.randint(0, 4))})
+        known = dict(rng.sample(sorted(known.items()), len(known)))
+    keep, add = (rng.uniform(0.5, 1), rng.uniform(0, 0.8)) if noisy else (1, 1)
+    trust, repair = (rng.random() < 0.5, rng.random() < 0.5) if noisy else (True, True)
+    summary, edit = [], {w: c for w, c in known.items() if rng.random() < keep}
+    for word in rng.choices(sorted(truth), k=k):
+        question = mini_question(rng, word)
+        gold, response = mini_sql(question, truth[word]), mini_answer(question, known)
+        answer = extract_tag(response, "answer")
+        summary.append(Answer("", question, response, answer, gold, answer == gold))
+        seen = truth[word] if trust else known.get(word, rng.choice(COLUMNS))
+        if (word in edit and repair) or (word not in edit and rng.random() < add):
+            edit[word] = seen
+    return task.edit_chat(lines(known), summary) + [{"role": "assistant", "content": f"<prompt> {lines(edit)} </prompt>"}]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text-to-SQL: BIRD and everything in its format
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+def cut(text: str, limit: int) -> str:
+    """`text` if it has at most `limit` characters, else its head and tail around a note that says so, `limit` in all.
+
+    >>> cut("SELECT " + "x, " * 40 + "y FROM t", 60)
+    'SELECT x, x, x, x,[... cut from 135 characters ...] y FROM t'
+    """
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate would stop the tokenizer
+    note = f"[... cut from {len(text)} characters ...]"
+    keep = max(0, limit - len(note))
+    return text if len(text) <= limit else (text[: keep - keep // 3] + note + text[len(text) - keep // 3 :])[:limit]
+
+
+def edit_messages(
+    role: str, instructions: str, summary: list[Answer], budget: int = 1500, reasoning: bool = False
+) -> list[dict]:
+    """The editor's chat, shared by every task: f_psi reads (c, S) and writes c'. One user message and no system
+    message, because some chat templates refuse one.
+
+    `role` ends "You improve the instructions of ..." and says what the solver does. Each field of a problem is cut to
+    `budget` characters and the old instructions to four times that: k problems take about (4 + 5k) * budget characters
+    at most. `reasoning` adds the solver's full text.
+
+    >>> chat = edit_messages("a solver", "Add.", [Answer("1", "1+1?", "<answer>3</answer>", "3", "2", False)])
+    >>> print(chat[0]["content"][:40])
+    You improve the instructions of a solver
+    """
+    problems = ""
+    for i, a in enumerate(summary, 1):
+        verdict = "right" if a.correct else "WRONG, cut off at the token limit" if a.truncated else "WRONG"
+        fields = {"Question": a.question, "Full response": a.response * reasoning, "Answer": a.answer or "(none)",
+                  "Right answer": a.gold, "Verdict": verdict, "Feedback": a.feedback}  # fmt: skip
+        problems += f"## Problem {i}\n" + "".join(f"{k}: {cut(v, budget)}\n" for k, v in fields.items() if v)
+    content = f"""You improve the instructions of {role}. The model itself never changes; its instructions do.
+\n# Current instructions\n{cut(instructions, 4 * budget)}
+\n# What the model did under them: {sum(a.correct for a in summary)} of {len(summary)} right\n{problems}
+# Your task
+Work out why the wrong answers are wrong and what the right ones got right. Then write the full new instructions: they
+replace the old ones and will be judged on other questions of the same domain. Keep what works, add the rules and facts
+of this domain that these problems reveal, name likely mistakes, and do not merely repeat the questions above.
+Write them between <prompt> and </prompt>; only what stands between the tags counts."""
+    return [{"role": "user", "content": content}]
+
+
+def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: float = 30.0) -> Grade:
+    """BIRD's verdict: `predicted` is right iff it returns the set of rows of `gold`, within `timeout` seconds each.
+
+    Rows are tuples of what SQLite returns, compared as Python compares them: order and duplicates do not count, column
+    order and number do; NULL equals NULL, 1 equals 1.0, '1' differs from 1; two empty results are equal. An error, a
+    timeout, text that holds no query and a gold query that fails are wrong. The database file must exist
+    (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
+    """
+    answer = predicted.encode("utf-8", "replace").decode()  # lone surrogates cannot be logged; the verdict sees them
+    ok, expected = gold_result(db_path, gold, timeout)
+    if not ok:
+        return Grade(False, answer, f"the gold SQL fails: {expected}")
+    correct, feedback = _ask_worker(os.path.abspath(db_path), predicted, expected, timeout)
+    return Grade(correct, answer, feedback)
+
+
+def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> list[Grade]:
+    """`execution_match` of every (db_path, predicted, gold), side by side on all cores; identical jobs are run once.
+
+    `progress` names the progress bar, "" shows none. Gold queries go first: no two threads compute the same one.
+    """
+    in_parallel(lambda job: gold_result(*job, timeout), [(db, gold) for db, _, gold in jobs])
+    return in_parallel(lambda job: execution_match(*job, timeout), jobs, progress)
+
+
+def gold_result(db_path: str | Path, gold: str, timeout: float = 30.0) -> tuple[bool, bytes | str]:
+    """(True, its pickled result) or (False, why it fails), computed once per database file and exact SQL text."""
+    db = os.path.abspath(db_path)
+    return _gold_result(db, os.stat(db).st_mtime_ns, gold, timeout)
+
+
+def in_parallel(work: Callable, items: list, progress: str = "") -> list:
+    """[work(item) for item in items], equal items once, in a thread per core that waits for a worker of its own."""
+    from tqdm import tqdm
+
+    unique = list(dict.fromkeys(items))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPool(min(cores, len(unique)) or 1) as pool:  # its threads are daemons: Ctrl-C need not wait for them
+        bar = tqdm(pool.imap(work, unique), desc=progress, total=len(unique), disable=not progress, leave=False)
+        results = dict(zip(unique, bar))
+    return [results[item] for item in items]
+
+
+@functools.lru_cache(maxsize=20_000)
+def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[bool, bytes | str]:
+    """`modified` tells a rewritten file from the old one. `gold` stays as it is: white space counts in its literals."""
+    return _ask_worker(db, gold, None, timeout)
+
+
+@functools.lru_cache(maxsize=None)
+def _idle_workers(pid: int) -> list[subprocess.Popen]:
+    """The worker processes of process `pid` that wait for work. By pid: a fork must not write to its parent's pipes."""
+    return []
+
+
+def _start_worker() -> subprocess.Popen:
+    """A fresh interpreter that runs `sql_worker`: not a fork, which is unsafe beside torch's threads and CUDA."""
+    here = Path(__file__).resolve()
+    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as d; d.sql_worker()"
+    # its own session: Ctrl-C is for the parent, which kills its workers at exit (a dead parent closes their stdin);
+    # one malloc arena: else the watchdog's thread reserves 64 MiB of address space
+    options = {"start_new_session": True, "env": {**os.environ, "MALLOC_ARENA_MAX": "1"}}
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+    atexit.register(worker.kill)
+    if worker.stdout.read(1) != b"+":
+        raise RuntimeError(f"the SQL worker did not start: run {sys.executable} -c {code!r} to see why")
+    return worker
+
+
+def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
+    """One request to an idle or a new worker: (verdict, feedback), or without `gold` (ran, pickled result or error)."""
+    idle, worker = _idle_workers(os.getpid()), None
+    while worker is None or worker.poll() is not None:
+        try:
+            worker = idle.pop()
+        except IndexError:
+            worker = _start_worker()
+    start, finished = time.monotonic(), True
+    try:
+        pickle.dump((db, sql, gold, timeout), worker.stdin)
+        worker.stdin.flush()
+        ok, answer, finished = pickle.load(worker.stdout)
+        return ok, answer
+    except (EOFError, OSError, pickle.UnpicklingError):  # the watchdog ended it, or the query did
+        late = time.monotonic() - start >= timeout
+        return False, f"timeout: the query ran for more than {timeout:g} s" if late else "the query crashed SQLite"
+    finally:
+        if finished:
+            atexit.unregister(worker.kill)
+            with contextlib.suppress(OSError), worker:  # leaving closes its pipes and reaps it
+                worker.kill()
+        else:
+            idle.append(worker)
+
+
+def sql_worker() -> None:
+    """The loop of a worker process: requests from stdin, replies (ok, answer, last) to stdout, until stdin closes.
+
+    Hostile SQL meets four walls. The connection is read-only, and its authorizer allows to read and to call functions,
+    nothing else. A C watchdog ends the process at the time limit, even inside one endless function. The address space
+    may grow by 96 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
+    temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
+    """
+    ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
+    logging.disable()  # sqlglot would warn on stderr
+    sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
+    idle = _grow_by(None)
+    tell.write(b"+")
+    while True:
+        tell.flush()
+        try:
+            db, sql, gold, timeout = pickle.load(ask)
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(timeout, exit=True, file=quiet)
+        ok, answer = _run_request(db, sql, gold)
+        faulthandler.cancel_dump_traceback_later()
+        last = _grow_by(None) > idle + (32 << 20)  # the next query must not start from this one's memory
+        pickle.dump((ok, answer, last), tell)
+
+
+def _grow_by(extra: int | None) -> int:
+    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns the bytes in use, 0 if unknown."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else used + extra, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return used
+    return 0
+
+
+def _run_request(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
+    """In the worker: `_ask_worker`'s answer."""
+    rows, expected = ({}, "") if gold is None else pickle.loads(gold)
+    _grow_by(4 << 30 if gold is None else 96 << 20)
+    try:
+        refuted, returned = _fetch(db, sql, rows, gold is None)
+    except Exception as error:  # sqlite3.Error, MemoryError, a NUL or a lone surrogate in the text: all are just wrong
+        _grow_by(None)
+        message = cut(str(error), 300) or "out of memory"
+        return False, message if gold is None else _explain(db, sql, message)
+    if gold is None:
+        return True, pickle.dumps((rows, returned))
+    correct = not refuted and all(rows.values())
+    return correct, "" if correct else f"your query returned {returned}; expected {expected}"
+
+
+def _fetch(db: str, sql: str, rows: dict[tuple, bool], is_gold: bool) -> tuple[bool, str]:
+    """Enter the rows of gold into `rows` as False; mark there as True those that a prediction returns.
+
+    A row that is not there refutes the prediction and ends the reading: no memory is needed beyond the gold result.
+    Returns (refuted, the rows in words).
+    """
+    shown, refuted = [], False
+    with contextlib.closing(_open_readonly(db)) as connection:
+        connection.set_authorizer(_authorize)
+        cursor = connection.execute(sql)
+        if cursor.description is None:
+            raise sqlite3.ProgrammingError("no query found, it belongs between <answer> and </answer>")
+        try:
+            for row in cursor:
+                if len(shown) < 5:
+                    shown.append(_brief(row))
+                if is_gold or row in rows:
+                    rows[row] = not is_gold
+                elif not refuted:  # wrong; a few more rows, if they come at once, make the better feedback
+                    refuted, soon = True, time.monotonic() + 0.2
+                    connection.set_progress_handler(lambda: time.monotonic() > soon, 1000)
+                if refuted and len(shown) == 5:
+                    break
+        except sqlite3.Error:
+            if not refuted:
+                raise
+    n = len(rows) if is_gold else sum(rows.values())
+    count = "rows such as" if refuted else f"{n} distinct row{'s' * (n != 1)}:"
+    return refuted, f"{count} {cut(', '.join(shown), 400)}{', ...' * (len(shown) == 5)}" if shown else "no rows"
+
+
+def _open_readonly(db: str) -> sqlite3.Connection:
+    """`immutable` takes no locks and makes no files; a database with a live log beside it is opened without it."""
+    live = any(os.path.exists(db + end) and os.path.getsize(db + end) for end in ("-wal", "-journal"))
+    uri = Path(db).as_uri() + "?mode=ro" + ("" if live else "&immutable=1")  # as_uri escapes ?, # and %
+    return sqlite3.connect(uri, uri=True, isolation_level=None)
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    """SQLite asks once per table, column and function while it compiles a query."""
+    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
+    harmless = action == sqlite3.SQLITE_FUNCTION and second.lower() not in ("load_extension", "fts3_tokenizer")
+    return sqlite3.SQLITE_OK if action in allowed or harmless else sqlite3.SQLITE_DENY
+
+
+def _brief(row: tuple) -> str:
+    """A result row in at most about 400 characters, without a copy of a huge value.
+
+    >>> _brief((1, None, "x" * 10**6))[:30]
+    "(1, None, 'xxxxxxxxxxxxxxxxxxx"
+    """
+    values = [repr(v[:40]) + "..." * (len(v) > 40) if isinstance(v, (str, bytes)) else repr(v) for v in row[:8]]
+    return f"({', '.join(values)}{', ...' * (len(row) > 8)})"
+
+
+def _explain(db: str, sql: str, error: str) -> str:
+    """SQLite's `error` for the editor: not a SELECT, a syntax error with its place, an unknown name and the nearest."""
+    import sqlglot
+    from sqlglot import exp
+
+    try:
+        trees = [tree for tree in sqlglot.parse(sql[:20_000], read="sqlite") if tree]
+    except Exception as e:  # sqlglot also gives up on stray quotes, deep nesting and some queries that SQLite can read
+        if not getattr(e, "errors", ()) or not re.search("syntax error|incomplete input", error):
+            return f"SQL error: {error}"
+        at = e.errors[0]
+        place = f"line {at['line']}, column {at['col']}, near {at['highlight'][:80]!r}"
+        return f"syntax error at {place}: {at['description'].split(' but got <')[0].rstrip('.')} (SQLite: {error})"
+    if trees and (len(trees) > 1 or not isinstance(trees[0], exp.Query)):
+        kinds = ", ".join(tree.key.upper() if tree.key in sql.lower() else sql.split()[0][:40] for tree in trees[:5])
+        return f"not a single SELECT but {kinds}: a query can only read (SQLite: {error})"
+    kind, _, name = error.lower().partition(": ")
+    if kind not in ("no such table", "no such column") or not trees:
+        return f"SQL error: {error}"
+    with contextlib.closing(_open_readonly(db)) as connection:
+        pairs = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type <> 'index'"
+        columns = connection.execute(pairs).fetchall()
+    owner, _, name = name.rpartition(".")
+    used = {table.alias_or_name.lower(): table.name.lower() for table in trees[0].find_all(exp.Table)}
+    inside = [used[owner]] if owner in used else used.values()  # a qualifier narrows the search to its table
+    real = {t.lower(): t for t, _ in columns}
+    if kind == "no such column":
+        real = {c.lower(): f"{t}.{c}" for t, c in columns if t.lower() in inside}
+    near = difflib.get_close_matches(name[:100], real, 1, 0.4)
+    homes = ", ".join(t for t, c in columns if c.lower() == name)
+    hint = f"; the nearest is {real[near[0]]}" if near else ""
+    return error + hint + (f"; {name} is a column of {homes}" if homes else "")
+
+
+def extract_sql(response: str) -> str | None:
+    """The query of a response: what its last `<answer>` holds, else its last ```sql block, else its last block.
+
+    >>> extract_sql("```sql\\nSELECT 1;\\n``` or <answer>```sqlite\\nSELECT 2\\n```</answer>"), extract_sql("SELECT 3")
+    ('SELECT 2', None)
+    """
+    tagged = extract_tag(response, "answer")
+    blocks = re.findall(r"```[ \t]*(sql(?:ite3?)?\b|\w*(?=[ \t]*\n))?(.*?)```", tagged or response, re.DOTALL | re.I)
+    sql = [text for language, text in blocks if language.lower().startswith("sql")] or [text for _, text in blocks]
+    return sql[-1].strip() if sql else tagged
+
+
+BIRD_FILES = ("mini_dev_sqlite.json", "dev.json", "train.json")
+BIRD_FIELDS = ("db_id", "question", "SQL", "evidence", "question_id", "difficulty")  # the first three are required
+BIRD_REMEDY = (
+    "get BIRD from https://bird-bench.github.io: https://bird-bench.oss-cn-beijing.aliyuncs.com/train.zip, dev.zip or "
+    "minidev.zip there, and unpack the databases beside the questions"
+)
+
+
+def find_bird_files(path: Path) -> list[Path]:
+    """The question files in a folder, else up to two levels below, else up to two above; FileNotFoundError if none."""
+    if path.is_file():
+        return [path.resolve()]
+    for level in (".", "*", "*/*", "..", "../.."):
+        pattern = os.path.join(glob.escape(str(path)), level)
+        files = [file for name in BIRD_FILES for file in sorted(glob.glob(os.path.join(pattern, name)))]
+        if files:
+            return [Path(file).resolve() for file in files]
+    raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: {BIRD_REMEDY}.")
+
+
+def column_meanings(folder: Path) -> dict[tuple[str, str], str]:
+    """(table, column), lower case -> meaning, from BIRD's `database_description/<table>.csv`; {} without the folder."""
+    meanings = {}
+    for file in sorted(folder.glob("*.csv")):
+        raw = file.read_bytes()
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        try:
+            text = raw.decode("utf-16" if wide else "utf-8-sig")
+        except UnicodeError:  # some were saved by Windows programs
+            text = raw.decode("cp1252", "replace")
+        for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
+            row = {k.strip().lower(): " ".join(v.split()) for k, v in row.items() if k and isinstance(v, str)}
+            column = row.get("original_column_name", "").lower()
+            parts = [row.get(k, "") for k in ("column_name", "column_description", "value_description")]
+            kept = [p for p in dict.fromkeys(parts) if p and p.lower() != column]
+            meanings[file.stem.lower(), column] = cut("; ".join(kept), 200)
+    return meanings
+
+
+def schema_text(db: Path, limit: int) -> str:
+    """The CREATE statements in the file, with sample values and the meanings of columns as comments.
+
+    At most `limit` characters: what does not fit goes in the order meanings, samples, middle, and the text says so.
+    """
+    meanings = column_meanings(db.parent / "database_description")
+    full, sampled, bare = [], [], []  # lines with everything, without meanings, without comments
+    with contextlib.closing(_open_readonly(str(db))) as connection:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')").fetchall()
+        for table, create in [row for row in found if row[1] and not row[0].startswith("sqlite_")]:
+            for lines in (full, sampled, bare):
+                lines.append(create.strip() + ";")
+            with contextlib.suppress(sqlite3.Error):  # a view may be broken
+                cursor = connection.execute('SELECT * FROM "{}" LIMIT 100'.format(table.replace('"', '""')))
+                rows = cursor.fetchall()
+                for i, (column, *_) in enumerate(cursor.description):
+                    values = dict.fromkeys(row[i] for row in rows if row[i] is not None)
+                    meaning = meanings.get((table.lower(), column.lower()), "")
+                    sampled.append(f"-- {column}: e.g. {_brief(tuple(values)[:3])}")
+                    full.append(sampled[-1] + f" | {meaning}" * bool(meaning))
+    for lines, gone in ((full, ""), (sampled, "meanings"), (bare, "meanings and sample values")):
+        text = "\n".join([f"-- left out, the schema is long: {gone} of columns"] * bool(gone) + lines)
+        if len(text) <= limit:
+            break
+    return cut(text, limit)
+
+
+class Bird:
+    """The task "bird": one domain is one database of a folder in BIRD's format.
+
+    `path` holds `train.json` and `train_databases/`, or `dev.json` or `mini_dev_sqlite.json` and `dev_databases/`, with
+    `<db>/<db>.sqlite` inside; it may be up to two folders above or below, or the JSON file itself. A database named by
+    several files belongs to the first of mini-dev, dev, train. What cannot be used is named in one sentence on stderr
+    and left out; ValueError if nothing is left. `schema_chars` bounds the schema in a prompt, `edit_chars` each field
+    of a problem in the editor's prompt, which holds the solver's full text if `reasoning`; `timeout` is in seconds.
+    """
+
+    name = "bird"
+    seed_instructions = (
+        "Find the tables and columns that the question and its hint speak of, and how they join. Return exactly the "
+        "columns that are asked for, in the order asked, and nothing else."
+    )
+
+    def __init__(self, path: str | Path, schema_chars: int = 16_000, edit_chars: int = 1500, reasoning: bool = False,
+                 timeout: float = 30.0):  # fmt: skip
+        self.schema_chars, self.edit_chars, self.reasoning, self.timeout = schema_chars, edit_chars, reasoning, timeout
+        self.files: dict[str, Path] = {}  # database -> its SQLite file
+        self.faults: dict[str, str] = {}  # database or question file -> one sentence for a person
+        self.train: set[str] = set()  # the databases of the train archive
+        self._entries: dict[str, list[tuple[int, dict]]] = {}  # database -> its entries with their place in the file
+        self._problems: dict[str, list[Problem]] = {}
+        self._schema = functools.lru_cache(maxsize=None)(schema_text)
+        for file in find_bird_files(Path(path)):
+            self._read(file)
+        if not self.files:
+            raise ValueError(f"no usable database under {path}: " + cut(" ".join(self.faults.values()), 1000))
+        for sentence in self.faults.values():
+            print(f"bird: {sentence}", file=sys.stderr)
+
+    def _read(self, file: Path) -> None:
+        """Take the databases of one question file; note in `faults` what is wrong."""
+        try:
+            entries = json.loads(file.read_text("utf-8-sig"))
+            names = {str(entry.get("db_id")) for entry in entries} - set(self.files)
+        except (ValueError, AttributeError, TypeError) as error:
+            self.faults[str(file)] = f"{file} is not a JSON list of questions ({error}): {BIRD_REMEDY}."
+            return
+        paths = {db.stem: db for db in sorted(file.parent.glob("*databases/**/*.sqlite"))}
+        for db in sorted(names):
+            mine = [(i, entry) for i, entry in enumerate(entries) if str(entry.get("db_id")) == db]
+            lacks = [(i, f) for i, entry in mine for f in BIRD_FIELDS[:3] if not isinstance(entry.get(f), str)]
+            odd = sorted({field for _, entry in mine for field in entry} - set(BIRD_FIELDS))
+            if lacks:
+                what = f"entry {lacks[0][0]} (db_id {db}) has no text in {lacks[0][1]}, unknown fields: {odd}"
+            elif db not in paths:
+                what = f"no {db}.sqlite under {file.parent}{os.sep}*databases, so the database {db} is left out"
+            else:
+                self.files[db], self._entries[db] = paths[db], mine
+                self.train |= {db} if file.name == "train.json" else set()
+                what = f"the unknown fields {odd} of database {db} are ignored" if odd else ""
+            if what:
+                self.faults[db] = f"{file}: {what}; the fields are {', '.join(BIRD_FIELDS)}: {BIRD_REMEDY}."
+
+    def domains(self, split: str) -> list[str]:
+        """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all".
+
+        A folder that has only one of the two is divided: the last fifth of the names, at least one, is "test" and the
+        rest is "train". A single database is both.
+        """
+        if split not in ("train", "test", "all"):
+            raise ValueError(f"no split {split!r}: choose train, test or all")
+        names = sorted(self.files)
+        train, test = sorted(self.train), sorted(set(names) - self.train)
+        if not test or not train:
+            first = len(names) - math.ceil(len(names) / 5)
+            train, test = names[:first] or names, names[first:]
+        return {"train": train, "test": test, "all": names}[split]
+
+    def problems(self, domain: str) -> list[Problem]:
+        """Its problems. The first call runs every gold query; those that fail are named on stderr and dropped."""
+        if domain in self._problems:
+            return list(self._problems[domain])
+        if domain not in self.files:
+            raise ValueError(self.faults.get(domain, f"no database {domain!r}: choose {', '.join(sorted(self.files))}"))
+        problems: dict[str, Problem] = {}
+        for i, entry in self._entries[domain]:
+            number = str(i if entry.get("question_id") is None else entry["question_id"])
+            number += f"#{i}" * (number in problems)  # some files repeat an id
+            evidence = str(entry.get("evidence") or "")
+            problems[number] = Problem(number, entry["question"], entry["SQL"], domain, evidence=evidence)
+        file, golds = self.files[domain], [problem.gold for problem in problems.values()]
+        golds = in_parallel(lambda gold: gold_result(file, gold, self.timeout), golds)
+        failed = {number: error for number, (ok, error) in zip(problems, golds) if not ok}
+        if failed:
+            what = f"{len(failed)} of {len(problems)} problems dropped, their gold SQL fails: {cut(str(failed), 1000)}"
+            print(f"bird: {file}: {what}", file=sys.stderr)
+        if len(failed) == len(problems):
+            raise ValueError(f"every gold query fails on {file}: {cut(str(failed), 300)}: {BIRD_REMEDY}.")
+        self._problems[domain] = [problem for number, problem in problems.items() if number not in failed]
+        return list(self._problems[domain])
+
+    def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
+        """One user message (some chat templates refuse a system message); what a domain shares comes first."""
+        hint = f"Hint: {problem.evidence}\n" if problem.evidence else ""
+        content = f"""Answer a question about a database with one SQLite query.
+\n# Database\n{self._schema(self.files[problem.domain], self.schema_chars)}
+\n# Instructions\n{instructions}
+\n# Question\n{hint}{problem.question}
+\nThink first if it helps. Then write the query between <answer> and </answer>, and nothing but the query: only what
+stands between the tags is run."""
+        return [{"role": "user", "content": content}]
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """BIRD's verdict on the query in `response`; a response without one is wrong."""
+        return self.grade_many([(problem, response)])[0]
+
+    def grade_many(self, pairs: list[tuple[Problem, str]], progress: str = "") -> list[Grade]:
+        """`grade` of every (problem, response), side by side; identical queries to a problem run once."""
+        jobs = [(self.files[p.domain], extract_sql(response) or "", p.gold) for p, response in pairs]
+        return match_many(jobs, self.timeout, progress)
+
+    def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
+        """See `edit_messages`."""
+        role = "a model that answers questions about one SQLite database by writing a query"
+        return edit_messages(role, instructions, summary, self.edit_chars, self.reasoning)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Multiple choice: MMLU-Redux, SuperGPQA, MMLU-Pro
 # ---------------------------------------------------------------------------------------------------------------------
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTER, NO_TAGS = "the letter of the one right option", "There is no closed pair of <answer> tags."
+REDUX, SUPERGPQA, MMLU_PRO = "edinburgh-dawg/mmlu-redux-2.0", "m-a-p/SuperGPQA", "TIGER-Lab/MMLU-Pro"  # on the hub
+Records = list[tuple[str, dict]]  # each with the place it stands at ("law.jsonl, line 3"), for the error messages
+Domains = dict[str, list[Problem]]
+
+
+def need(ok: object, where: object, wanted: str, found: object) -> None:
+    """One sentence for the owner of the data, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
+
+
+def read_letter(text: str, n: int) -> str | None:
+    """The one letter that `text` says, in upper case, if it is among the first `n`; None for anything else.
+
+    >>> [read_letter(text, 4) for text in ("b", "B.", "(B)", "**B**", "A or B", "B. Paris", "E", "")]
+    ['B', 'B', 'B', 'B', None, None, None, None]
+    """
+    # Only harmless punctuation may stand around the letter: "≠B", "¬B" and "-B" do not say B.
+    around = r"""[\s.,:;()\[\]{}*_`'"$]*"""
+    found = re.fullmatch(f"{around}([A-Za-z]){around}", text)
+    return found[1].upper() if found and LETTERS.index(found[1].upper()) < n else None
+
+
+def gold_letter(value: object, n: int) -> str | None:
+    """A published answer, an option's letter or its number counted from 0, as a letter; None if it is neither.
+
+    >>> [gold_letter(value, 4) for value in (1, "1", " b ", "B", 1.0, 4, "E", "1, 3", None, "")]
+    ['B', 'B', 'B', 'B', 'B', None, None, None, None, None]
+    """
+    text = str(value).strip().upper().removesuffix(".0")  # a numeric column with gaps comes back as floats
+    index = int(text) if re.fullmatch("[0-9]{1,2}", text) else LETTERS.find(text) if len(text) == 1 else -1
+    return LETTERS[index] if 0 <= index < n else None
+
+
+def choice_letter(record: dict) -> str | None:
+    """The gold letter of a MMLU-Redux record; None if the record must be dropped.
+
+    Dropped are records whose annotators found no right option ("No Correct Answer", "no_correct_answer", ...) and those
+    whose gold lies beyond their own options. `correct_answer` wins over `answer` where it is one of 0-3 or A-D; '1, 3'
+    or free text is not.
+
+    >>> choice_letter({"choices": ["x", "y", "z"], "answer": 0, "error_type": "ok", "correct_answer": ""})
+    'A'
+    >>> choice_letter({"choices": ["x", "y", "z"], "answer": 0, "error_type": "Wrong", "correct_answer": "C"})
+    'C'
+    """
+    if re.sub("[^a-z]", "", str(record.get("error_type")).lower()) == "nocorrectanswer":
+        return None
+    n = 4 if isinstance(record["choices"], str) else len(record["choices"])  # the raw CSV has the list as text
+    letter = gold_letter(record.get("correct_answer"), 4) or gold_letter(record["answer"], n)
+    return letter if letter and LETTERS.index(letter) < n else None
+
+
+def numbered(source: object, rows: Iterable[dict]) -> Records:
+    """Rows of a table, each with its place."""
+    return [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def read_records(path: Path) -> Records:
+    """The records of a JSONL, CSV or parquet file or a folder that `datasets` saved; ValueError names file and line."""
+    if path.is_dir() or path.suffix == ".parquet":
+        import datasets
+
+        load = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
+        return numbered(path, load(str(path)).to_list())
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
+    records: Records = []
+    if path.suffix == ".csv":
+        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)  # some of the authors' files use ';'
+        records = numbered(path, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    else:
+        for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside a string
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    record = f"{line[:60]} ({error})"
+                need(isinstance(record, dict), f"{path}, line {i}", "a JSON object {...}", record)
+                records.append((f"{path}, line {i}", record))
+    need(records, path, "at least one record", text[:60])
+    return records
+
+
+def field(record: dict, where: str, *names: str) -> Any:
+    """The first of these fields that is filled; ValueError with the fields there are if none is."""
+    filled = [record[name] for name in names if record.get(name) is not None and str(record[name]).strip()]
+    need(filled, where, f"a filled field {' or '.join(names)}", [*record])
+    return filled[0]
+
+
+def options(record: dict, where: str, *names: str) -> list[str]:
+    """The record's list of choices, which a raw CSV holds as text."""
+    choices = field(record, where, *names)
+    if isinstance(choices, str):
+        with suppress(ValueError, SyntaxError):
+            choices = ast.literal_eval(choices.strip())
+    need(isinstance(choices, list) and 1 < len(choices) <= len(LETTERS), where, "a list of 2 to 26 choices", choices)
+    return [str(choice) for choice in choices]
+
+
+def choice_problem(record: dict, where: str, domain: str, id: str) -> Problem | None:
+    """A record of MMLU-Redux, SuperGPQA or MMLU-Pro as a problem of at most four options; None if it is dropped."""
+    question, choices = str(field(record, where, "question")).strip(), options(record, where, "choices", "options")
+    answer = field(record, where, "answer_letter", "answer_index", "answer")
+    need(gold_letter(answer, len(LETTERS)), where, "an option's letter or its number from 0 as the answer", answer)
+    letter = choice_letter({**record, "choices": choices, "answer": answer})
+    if letter and len(choices) > 4:
+        # Seeded by the question, so that the cut is the same everywhere, whatever else is loaded beside it.
+        rng, right = random.Random(ascii(question)), choices[LETTERS.index(letter)]
+        wrong = [choice for choice in dict.fromkeys(choices) if choice != right]
+        choices = rng.sample(wrong, min(3, len(wrong))) + [right]
+        rng.shuffle(choices)
+        letter = LETTERS[choices.index(right)]
+    return Problem(id, question, letter, domain, choices=tuple(choices)) if letter else None
+
+
+def by_domain(found: dict[str, Records], source: object, taken: Collection[str] = ()) -> Domains:
+    """The usable problems by domain: SuperGPQA's subfield (its field where a subfield has under 100 questions),
+    MMLU-Pro's category, else the collection. A name that is `taken` gets "_train" added."""
+    sizes = Counter(record.get("subfield") for records in found.values() for _, record in records)
+    domains: Domains = {}
+    for name, records in found.items():
+        for i, (where, record) in enumerate(records):
+            topic = record.get("subfield" if sizes[record.get("subfield")] >= 100 else "field")
+            topic = str(topic or record.get("category") or record.get("subject") or name)
+            domain = re.sub(r"\W+", "_", topic.lower()).strip("_")
+            domain += "_train" if domain in taken else ""
+            id = f"{name}-{record.get('uuid') or record.get('question_id') or i}"
+            if problem := choice_problem(record, where, domain, id):
+                domains.setdefault(domain, []).append(problem)
+    need(domains, source, "questions in *.jsonl, *.csv, *.parquet or folders that `datasets` saved", [*found])
+    return domains
+
+
+def split_names(names: Iterable[str], split: str) -> list[str]:
+    """Domains where the data names no split: of the n sorted names the last n/5, rounded up, are "test".
+
+    >>> names = ["law", "anatomy", "virology"]
+    >>> [split_names(names, split) for split in ("train", "test", "all")]
+    [['anatomy', 'law'], ['virology'], ['anatomy', 'law', 'virology']]
+    >>> split_names(["law"], "train"), split_names(["law"], "test")  # one domain must serve both
+    (['law'], ['law'])
+    """
+    names = sorted(names)
+    k = len(names) - math.ceil(len(names) / 5)
+    splits = {"train": names[:k] or names, "test": names[k:], "all": names}
+    need(split in splits, "domains", "the split 'train', 'test' or 'all'", split)
+    return splits[split]
+
+
+def read_folder(root: Path) -> tuple[Domains, Domains]:
+    """Train and test domains of a local copy: JSONL, CSV and parquet files and folders that `datasets` saved, at any
+    depth, one per subject or part. Where there are both "train" and "test" folders or files, they are the two; else
+    `split_names` decides. "validation" and "dev" hold few-shot examples and are left out, hidden files too."""
+    if not root.exists():
+        raise FileNotFoundError(f"--data {root} does not exist; give a folder of questions, one file per subject.")
+    root, found = root.resolve(), {}  # (part, name) -> paths
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        path = file.parent if file.name == "state.json" else file
+        stems = [re.sub(r"-\d+-of-\d+$", "", Path(part).stem) for part in path.relative_to(root.parent).parts]
+        skipped = stems[-1] in ("validation", "dev") or any(stem.startswith(".") for stem in stems[1:])
+        if skipped or (path == file and file.suffix not in (".jsonl", ".csv", ".parquet")):
+            continue
+        part = next((stem for stem in stems[1:] if stem in ("train", "test")), "")
+        name = path.parent.name if stems[-1] in ("train", "test") else stems[-1].removeprefix("mmlu_")
+        found.setdefault((part, name), []).append(path)
+    both = {"train", "test"} <= {part for part, _ in found}
+    collections: dict[str, dict[str, Records]] = {"train": {}, "test": {}, "": {}}
+    for (part, name), paths in found.items():
+        group = collections[part if both else ""]
+        places = {(path.parent, path.suffix) for path in paths}  # several are the shards of one table
+        need(name not in group and len(places) == 1, root, "each subject once", f"{name} again in {paths[-1]}")
+        group[name] = [record for path in paths for record in read_records(path)]
+    if both:
+        test = by_domain(collections["test"], root)
+        return by_domain(collections["train"], root, taken=test), test
+    domains = by_domain(collections[""], root)
+    train, test = ({name: domains[name] for name in split_names(domains, split)} for split in ("train", "test"))
+    return train, test
+
+
+def from_hub(function: str, name: str, *args: str, **kwargs: str) -> Any:
+    """What a function of `datasets` returns for a data set of the hub; ConnectionError, one sentence, if it fails."""
+    import datasets
+
+    try:
+        return getattr(datasets, function)(name, *args, **kwargs)
+    except Exception as error:  # offline, moved, gated, half a download: datasets raises a dozen kinds
+        remedy = "go online, or download it elsewhere and give that folder with --data FOLDER"
+        raise ConnectionError(f"{name} could not be fetched from the hub: {remedy} ({error!r:.200}).") from error
+
+
+def ask(role: str, instructions: str, problem: Problem, wanted: str) -> list[dict]:
+    """The solver's chat, one user message: its role, the editable instructions, the question, what the tags hold."""
+    lines = [problem.question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))]
+    form = f"Think briefly, then finish with {wanted} in answer tags: <answer>...</answer>. Only the tags are read."
+    content = "\n\n".join([role, instructions, "Question: " + "\n".join(lines), form])
+    return [{"role": "user", "content": content.encode("utf-8", "replace").decode()}]  # lone surrogates: see `cut`
+
+
+def grade_letter(problem: Problem, response: str) -> Grade:
+    """Right if the last answer tags hold the one gold letter. The feedback quotes the options, which `Answer` lacks."""
+    answer = extract_tag(response, "answer")
+    if answer is None:
+        return Grade(False, "", NO_TAGS)
+    letter, last = read_letter(answer, len(problem.choices)), LETTERS[len(problem.choices) - 1]
+    if letter is None:
+        return Grade(False, answer, f"The tags must hold one letter from A to {last} and nothing else.")
+    said, gold = (problem.choices[LETTERS.index(option)] for option in (letter, problem.gold))
+    wrong = f"{letter} is {said!r}; the right option, {problem.gold}, is {gold!r}."
+    return Grade(letter == problem.gold, letter, "" if letter == problem.gold else wrong)
+
+
+class Choice:
+    """Multiple choice. Without a path: SuperGPQA to train, MMLU-Redux 2.0 to test, fetched from the hub when first
+    needed (the path "TIGER-Lab/MMLU-Pro" trains on that instead). With a path: a local copy, see `read_folder`."""
+
+    name = "mmlu"
+    seed_instructions = "Read the question and every option with care, rule out the wrong ones, and choose the best."
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.hub = str(path or SUPERGPQA)
+        if self.hub not in (SUPERGPQA, MMLU_PRO):
+            self.train, self.test = read_folder(Path(self.hub).expanduser())
+
+    @cached_property
+    def train(self) -> Domains:
+        rows = from_hub("load_dataset", self.hub, split="train" if self.hub == SUPERGPQA else "test")
+        return by_domain({"hub": numbered(self.hub, rows)}, self.hub, taken=self.test)
+
+    @cached_property
+    def test(self) -> Domains:  # one download per subject: `problems` fills them in
+        return {subject: [] for subject in from_hub("get_dataset_config_names", REDUX)}
+
+    def domains(self, split: str) -> list[str]:
+        """The subjects of "train", "test" or "all"; ValueError for another split."""
+        split_names((), split)
+        return sorted({*(self.train if split != "test" else ()), *(self.test if split != "train" else ())})
+
+    def problems(self, domain: str) -> list[Problem]:
+        """The problems of one subject; ValueError names the subjects if this is none."""
+        if domain in self.test and not self.test[domain]:
+            rows = from_hub("load_dataset", REDUX, domain, split="test")
+            self.test.update(by_domain({domain: numbered(REDUX, rows)}, REDUX))
+        group = self.test if domain in self.test else self.train
+        need(domain in group, self.name, f"one of the subjects {', '.join({**group, **self.test})}", domain)
+        return group[domain]
+
+    def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
+        return ask(f"You answer questions on {problem.domain.replace('_', ' ')}.", instructions, problem, LETTER)
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        return grade_letter(problem, response)
+
+    def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
+        role = f"a model that answers multiple-choice questions of one subject with {LETTER}, in <answer> tags"
+        return edit_messages(role, instructions, summary)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Your own problems: a JSONL file
 # ---------------------------------------------------------------------------------------------------------------------
 
+# What the answer tags must hold, by grader: the same text (white space aside); a number within `tolerance`; the gold
+# letter; a text in which the gold one occurs (in any case).
+GRADERS = {"exact": "the answer alone", "number": "the number alone", "choice": LETTER, "contains": "the answer"}
+
+
+@dataclass(frozen=True)
+class OwnProblem(Problem):
+    """A problem that brings its grader along. `tolerance` is absolute and for "number"."""
+
+    grader: str = "exact"
+    tolerance: Fraction = Fraction(0)
+
+
+def read_number(text: str) -> Fraction | None:
+    """The one number that `text` holds, exactly; None if there is none or more than one.
+
+    >>> [str(read_number(text)) for text in ("42", "-1,234.50 km", "= $5.", "1/3", "6e-2", "3 or 4", "1.2.3", "ten")]
+    ['42', '-2469/2', '5', '1/3', '3/50', 'None', 'None', 'None']
+    """
+    text = text.replace("\N{MINUS SIGN}", "-")
+    plain = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+    found = re.search(rf"[-+]?\s*(?:{plain})(?:[eE][-+]?[0-9]{{1,3}}|\s*/\s*[0-9]+)?", text[:400])
+    # Any further digit, also "²" or "½", means that more was said than this one number.
+    if not found or any(c.isnumeric() for c in text[: found.start()] + text[found.end() :]):
+        return None
+    try:
+        return Fraction(re.sub(r"[\s,]", "", found[0]))
+    except (ValueError, ZeroDivisionError):  # 1.5/2, 1/0
+        return None
+
+
+def own_problem(record: dict, where: str, default: str | None, domain: str, id: str) -> OwnProblem:
+    """One line of the file as a problem; ValueError with the place and the value if it does not fit its grader."""
+    question, answer = str(field(record, where, "question")), field(record, where, "answer")
+    need(type(answer) in (str, int, float), where, "text or a number as the answer", answer)
+    choices = options(record, where, "choices") if record.get("choices") else []
+    usual = "choice" if choices else default or ("exact" if isinstance(answer, str) else "number")
+    grader, gold, tolerance = record.get("grader") or usual, str(answer), Fraction(0)
+    need(grader in [*GRADERS], where, f"one of the graders {', '.join(GRADERS)}", grader)
+    if grader == "choice":
+        letters = {gold_letter(answer, len(choices))} | {a for a, c in zip(LETTERS, choices) if c == gold}
+        letters.discard(None)
+        need(len(letters) == 1, where, f"one of the {len(choices)} choices, its letter or its number from 0", answer)
+        gold = letters.pop()
+    if grader == "number":
+        value, given = read_number(gold), read_number(str(record.get("tolerance", 0)))
+        need(value is not None, where, "one number as the answer", answer)
+        need(given is not None and given >= 0, where, "a tolerance of 0 or more", record.get("tolerance"))
+        # A whole number must be hit exactly, another one to five digits: 0.333333 is meant to be a third.
+        tolerance = given if "tolerance" in record or value.denominator == 1 else abs(value) / 10**5
+    return OwnProblem(id, question, gold, domain, choices=tuple(choices), grader=grader, tolerance=tolerance)
+
+
+class Jsonl:
+    """Problems of your own: a JSONL file of {"question", "answer"} and, if you like, "domain", "choices", "id",
+    "grader" and "tolerance"; or a folder of such files. `grader` serves the lines that neither name one nor have
+    choices."""
+
+    name = "jsonl"
+    seed_instructions = "Read the question with care and answer exactly what it asks."
+
+    def __init__(self, path: str | Path | None = None, grader: str | None = None) -> None:
+        files = sorted(Path(path).glob("*.jsonl")) if path and Path(path).is_dir() else [Path(path or "")]
+        if not files or not files[0].is_file():
+            raise FileNotFoundError(f'--data must be a file of {{"question": ..., "answer": ...}} lines, not {path}.')
+        self.groups: Domains = {}
+        places: dict[str, str] = {}
+        for file in files:
+            for i, (where, record) in enumerate(read_records(file), 1):
+                id = f"{file.stem}-{i}" if record.get("id") is None else str(record["id"])
+                domain = str(record.get("domain") or file.stem)
+                need(places.setdefault(id, where) == where, where, f"an id other than that of {places[id]}", id)
+                self.groups.setdefault(domain, []).append(own_problem(record, where, grader, domain, id))
+
+    def domains(self, split: str) -> list[str]:
+        """The file's domains; see `split_names`."""
+        return split_names(self.groups, split)
+
+    def problems(self, domain: str) -> list[Problem]:
+        """The problems of one domain; ValueError names the domains if this is none."""
+        need(domain in self.groups, self.name, f"one of the domains {', '.join(self.groups)}", domain)
+        return self.groups[domain]
+
+    def solve_chat(self, instructions: str, problem: OwnProblem) -> list[dict]:
+        return ask("You answer questions.", instructions, problem, GRADERS[problem.grader])
+
+    def grade(self, problem: OwnProblem, response: str) -> Grade:
+        """By the problem's own grader, on what stands in the last answer tags."""
+        answer = extract_tag(response, "answer")
+        if problem.grader == "choice" or answer is None:
+            return grade_letter(problem, response)
+        if problem.grader == "number":
+            value = read_number(answer)
+            right = value is not None and abs(value - read_number(problem.gold)) <= problem.tolerance
+            return Grade(right, answer, "" if value is not None else "The tags must hold one number, no other digit.")
+        said, gold = " ".join(answer.split()), " ".join(problem.gold.split())
+        return Grade(gold.casefold() in said.casefold() if problem.grader == "contains" else gold == said, answer)
+
+    def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
+        return edit_messages("a model that answers questions and ends with <answer> tags", instructions, summary)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a task by its name
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_task(name: str, path: str | Path | None = None):
+    """The task of that name: "mini" needs no path, "mmlu" takes the hub without one; "bird" and "jsonl" need theirs.
+
+    >>> load_task("mini").domains("train")[:2]
+    ['train000', 'train001']
+    """
+    tasks = {"mini": Mini, "bird": Bird, "mmlu": Choice, "jsonl": Jsonl}
+    if name not in tasks:
+        raise ValueError(f"No task {name!r}; choose {', '.join(tasks)}, or pass an object of your own to evolve().")
+    if name == "mini":
+        return Mini()
+    if path is None and name != "mmlu":
+        raise ValueError(f"The task {name!r} needs --data: " + (BIRD_REMEDY if name == "bird" else "a JSONL file") + ".")
+    return tasks[name](path)
