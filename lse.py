@@ -44,6 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 Chat = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G responses' ids, each (T,)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
@@ -113,15 +114,14 @@ class LocalModel:
         return ids
 
     def sample(
-        self,
-        chats: Sequence[Chat],
-        n: int = 1,
-        max_new_tokens: int = 512,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-    ) -> list[list[Sample]]:
-        """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once."""
+        self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
+        top_p: float = 1.0, top_k: int = 0
+    ) -> list[list[Sample]]:  # fmt: skip
+        """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once.
+
+        `top_k=0` and `top_p=1` cut nothing off; leave them so when the samples are to be learned from, since
+        `logprobs` scores the uncut distribution. Draws come from torch's global generator.
+        """
         prompts = [tuple(self.encode(chat)) for chat in chats]
         greedy = temperature == 0
         # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
@@ -129,7 +129,7 @@ class LocalModel:
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
         options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0}
         options |= {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        pending = self._pack(rows, max_new_tokens)[::-1]
+        pending = self._batches(rows, max_new_tokens)[::-1]
         while pending:
             batch, samples = pending.pop(), None
             try:
@@ -145,7 +145,7 @@ class LocalModel:
                 drawn[row].append(sample)
         return [[drawn[prompt][0]] * n if greedy else [drawn[prompt].pop() for _ in range(n)] for prompt in prompts]
 
-    def _pack(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> list[list[tuple[int, ...]]]:
+    def _batches(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> list[list[tuple[int, ...]]]:
         """Cut sorted rows into batches of at most `max_batch_tokens` tokens, padding and new tokens included."""
         batches, longest = [], 0
         for row in rows:
@@ -336,7 +336,7 @@ AttentionInterface.register("shared_prompt", shared_prompt_attention)
 AttentionMaskInterface.register("shared_prompt", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def pack(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pack(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One row per group: the prompt without its last token; then, per response, that token and all response tokens but
     the last. So the second part holds exactly the tokens whose successors are scored: no prompt logits are computed.
 
@@ -366,9 +366,7 @@ def pack(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> tuple[Tensor, Ten
     return torch.cat([prompts, inputs], 1), positions, torch.cat([sees, own], 2)[:, None], targets
 
 
-def group_logprobs(
-    model, groups: Sequence[tuple[Tensor, Sequence[Tensor]]], temperature: float = 1.0
-) -> list[list[Tensor]]:
+def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> list[list[Tensor]]:
     """log p of every response token, differentiable: `logprobs` for several (prompt_ids, responses) in one forward.
 
     Returns one list per group with one (T,) tensor per response, float32 also for a bf16 model. The caller chooses how
@@ -377,7 +375,7 @@ def group_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; greedy sampling has no log-probs: use one above 0.")
-    if any(len(prompt) == 0 or not responses or min(map(len, responses)) == 0 for prompt, responses in groups):
+    if any(min(map(len, (prompt, responses, *responses))) == 0 for prompt, responses in groups):
         raise ValueError("Every group needs a prompt and responses of at least one token each.")
     core = getattr(model, "module", model)  # under DistributedDataParallel
     ids, positions, mask, targets = (x.to(core.device) for x in pack(groups))
@@ -451,17 +449,18 @@ def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tenso
 
 
 def policy_loss(
-    logprobs: Sequence[Tensor],
-    advantages: Sequence[float] | Tensor,
-    n_tokens: int,
-    old_logprobs: Sequence[Tensor] | None = None,
-    clip: float = 0.2,
-) -> Tensor:
+    logprobs: Sequence[Tensor], advantages: Sequence[float] | Tensor, n_tokens: int,
+    old_logprobs: Sequence[Tensor] | None = None, clip: float = 0.2
+) -> Tensor:  # fmt: skip
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
     `n_tokens` counts the response tokens of the WHOLE batch, so the losses of its micro-batches add up. Every token
     weighs the same: no 1/|o| per response, which would favour long failures. Without `old_logprobs` the batch is
     on-policy: the ratio is 1, the clip never acts, and the gradient is −A ∇log p.
+
+    >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
+    >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
+    -0.25
     """
     new = torch.cat(list(logprobs))  # (tokens,)
     old = new.detach() if old_logprobs is None else torch.cat(list(old_logprobs)).detach()
