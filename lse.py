@@ -69,6 +69,7 @@ class LocalModel:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("The tokenizer has no chat template: set its chat_template or use an instruct model.")
         self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
+        self.calls = self.prompt_tokens = self.completion_tokens = 0  # what a run has cost, as RemoteModel counts it
         ends = model.generation_config.eos_token_id  # an int, a list or None; base models often lack the chat's own end
         ends = ends if isinstance(ends, list) else [ends]
         self.eos = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
@@ -143,7 +144,11 @@ class LocalModel:
                 continue
             for row, sample in zip(batch, samples):
                 drawn[row].append(sample)
-        return [[drawn[prompt][0]] * n if greedy else [drawn[prompt].pop() for _ in range(n)] for prompt in prompts]
+        out = [[drawn[prompt][0]] * n if greedy else [drawn[prompt].pop() for _ in range(n)] for prompt in prompts]
+        self.calls += n * len(out)
+        self.prompt_tokens += n * sum(map(len, prompts))
+        self.completion_tokens += sum(len(sample.ids) for row in out for sample in row)
+        return out
 
     def _batches(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> list[list[tuple[int, ...]]]:
         """Cut sorted rows into batches of at most `max_batch_tokens` tokens, padding and new tokens included."""
