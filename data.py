@@ -266,7 +266,8 @@ def solve_row(rng: random.Random, size: int, questions: int = 8) -> list[dict]:
 
 def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4) -> list[dict]:
     """An editor chat and one edit of it. A clean edit keeps every entry and adds all that the gold answers teach; a noisy
-    one has a quality of its own: how much it keeps and adds, whether it trusts gold, whether it repairs conflicts."""
+    one has a quality of its own: how much it keeps and adds, whether it trusts gold and repairs conflicts; and two of
+    three stop after four lines. What the base does most often is therefore mediocre, and what is better is in it."""
     truth = dict(zip(rng.sample(WORDS, 8), rng.sample(COLUMNS, 8)))
     known = dict(rng.sample(sorted(truth.items()), rng.randint(0, 8)))
     if noisy:  # wrong entries, and words that nobody asks about
@@ -274,8 +275,8 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4) -> list[di
         others = [w for w in WORDS if w not in truth]
         known.update({w: rng.choice(COLUMNS) for w in rng.sample(others, rng.randint(0, 4))})
         known = dict(rng.sample(sorted(known.items()), len(known)))
-    keep, add = (rng.uniform(0.5, 1), rng.uniform(0, 0.8)) if noisy else (1, 1)
-    trust, repair = (rng.random() < 0.5, rng.random() < 0.5) if noisy else (True, True)
+    keep, add, most = (rng.uniform(0.5, 1), rng.uniform(0.2, 1), rng.choice([4, 4, 12])) if noisy else (1, 1, 12)
+    trust, repair = (rng.random() < 0.6, rng.random() < 0.5) if noisy else (True, True)
     summary, edit = [], {w: c for w, c in known.items() if rng.random() < keep}
     for word in rng.choices(sorted(truth), k=k):
         question = mini_question(rng, word)
@@ -285,7 +286,8 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4) -> list[di
         seen = truth[word] if trust else known.get(word, rng.choice(COLUMNS))
         if (word in edit and repair) or (word not in edit and rng.random() < add):
             edit[word] = seen
-    return task.edit_chat(lines(known), summary) + [{"role": "assistant", "content": f"<prompt> {lines(edit)} </prompt>"}]
+    text = lines(dict(list(edit.items())[:most]))
+    return task.edit_chat(lines(known), summary) + [{"role": "assistant", "content": f"<prompt> {text} </prompt>"}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
