@@ -4,10 +4,10 @@
     python train.py --advantage grpo    the same with another advantage
     python train.py --task bird --data DIR --model Qwen/Qwen3-4B-Instruct-2507 --gradient-checkpointing --out runs/bird
 
-The steps, each a section of `main`: a base model (warmed up from scratch, or --model) serves as frozen solver and as editor;
-trees of edits are grown to get start states; then every step samples G edits for each of N start states, scores them by
-what the solver gains on the holdout, and moves the editor along the policy gradient; last, untrained and trained editor
-evolve instructions for domains that training never saw.
+The steps, in the order of `main`: a base model (warmed up from scratch, or --model) serves as frozen solver and as editor;
+trees of edits are grown to get start states; every step samples G edits for each of N start states, scores them by what
+the solver gains on the holdout, and moves the editor along the policy gradient; last, untrained and trained editor evolve
+instructions for domains that training never saw.
 
 Left out on purpose: a critic, a KL term, several epochs per batch, a separate inference engine.
 """
@@ -27,12 +27,32 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import data
-from evolve import (Settings, command_line, draw_batch, edit_chat, evolve_all, final_test, load_model, mean_error, open_run,
-                    option, plant, read_edit, score_all, solve_all, solver_sampling, split_problems, tree_name, tree_text,
-                    with_presets, write_report, write_text)
+from evolve import (
+    Settings,
+    command_line,
+    draw_batch,
+    edit_chat,
+    evolve_all,
+    final_test,
+    load_model,
+    mean_error,
+    open_run,
+    option,
+    plant,
+    read_edit,
+    score_all,
+    solve_all,
+    solver_sampling,
+    split_problems,
+    tree_name,
+    tree_text,
+    with_presets,
+    write_report,
+    write_text,
+)
 from lse import LocalModel, MasterAdamW, advantages, delta_reward, group_logprobs, policy_loss
 
 
@@ -129,10 +149,10 @@ def warm_up(task, tokenizer, seed: int, hidden: int = 64):
     size, mastery = 2, 0.0
     for step in range(recall):
         bar.update()
-        sizes = [rng.choice([max(2, size - 1), size]) for _ in range(1400 // (2 * size + 10) + 600 // (2 * size + 41))]
-        pairs = 1400 // (2 * size + 10)
-        right = imitate(model, tokenizer, optimizer, [data.recall_row(rng, n) for n in sizes[:pairs]],
-                        [data.solve_row(rng, n, questions=2) for n in sizes[pairs:]])
+        sizes = [max(2, size - 1), size]  # about 1,400 tokens of recall, 600 of answers
+        recalls = [data.recall_row(rng, rng.choice(sizes)) for _ in range(1400 // (2 * size + 10))]
+        solves = [data.solve_row(rng, rng.choice(sizes), questions=2) for _ in range(600 // (2 * size + 41))]
+        right = imitate(model, tokenizer, optimizer, recalls, solves)
         mastery = 0.8 * mastery + 0.2 * right
         if mastery > 0.9 and size == 8:
             break
@@ -194,9 +214,14 @@ def grow_states(task, solver, editor, s: Config, step: int) -> list[dict]:
             for d, tree in trees.items() for node in tree.nodes if node.score is not None]
 
 
+def state_splits(task, state: dict, s: Config) -> dict:
+    """Pool and holdout of a start state's domain, as its tree had them. Training keeps no test problems back."""
+    return split_problems(task.problems(state["domain"]), replace(s, test=0, seed=state["seed"]))
+
+
 def rollout(task, solver, editor, states: list[dict], s: Config, step: int) -> dict:
     """G edits for each of N start states, and the scores before and after them. Shapes (N, G), `before` (N,)."""
-    start, splits = time.time(), [split_problems(task.problems(x["domain"]), replace(s, test=0, seed=x["seed"])) for x in states]
+    start, splits = time.time(), [state_splits(task, x, s) for x in states]
     # S_0: k fresh problems of the state's domain, answered under c_0 as they would be at test time.
     jobs = [(x["instructions"], draw_batch(split["pool"], s, f"{x['domain']}/{i}", -1 - step))
             for i, (x, split) in enumerate(zip(states, splits))]
@@ -210,8 +235,9 @@ def rollout(task, solver, editor, states: list[dict], s: Config, step: int) -> d
     scores = iter(score_all(task, solver, jobs, s))
     after = [[math.nan if text is None else fmean(next(scores)) for text in row] for row in edits]
     seconds = {"sample": sampled - start, "score": time.time() - sampled}
-    return dict(samples=samples, edits=edits, after=torch.tensor(after), before=torch.tensor([x["score"] for x in states]),
-                valid=~torch.tensor(after).isnan(), dropped=sum(n for _, n in chats), seconds=seconds)
+    after, before = torch.tensor(after), torch.tensor([x["score"] for x in states])  # (N, G), (N,)
+    return dict(samples=samples, edits=edits, after=after, before=before, valid=~after.isnan(),
+                dropped=sum(n for _, n in chats), seconds=seconds)
 
 
 def learn(editor, batch: dict, weights: torch.Tensor, n_tokens: int, s: Config, optimizer: MasterAdamW) -> dict:
@@ -227,7 +253,7 @@ def learn(editor, batch: dict, weights: torch.Tensor, n_tokens: int, s: Config, 
         logps = [logp for group in group_logprobs(editor.model, groups[i : i + s.micro_batch]) for logp in group]
         policy_loss(logps, weights[order[i : i + s.micro_batch]].flatten(), n_tokens).backward()
         entropy -= sum(float(logp.detach().sum()) for logp in logps) / n_tokens  # E[-log p] = H
-        if i == 0:  # the same group in a batch of another shape: the ratio is 1 but for rounding, which bf16 has plenty of
+        if i == 0:  # one group again, in a batch of another shape: the ratio is 1 but for rounding, plenty in bf16
             with torch.no_grad():
                 alone = group_logprobs(editor.model, groups[:1])[0]
             drift = max(float((new.exp() / old.detach().exp() - 1).abs().max()) for new, old in zip(alone, logps))
@@ -248,8 +274,8 @@ def train_step(task, solver, editor, optimizer, pool: list[dict], s: Config, ste
     states = rng.choices(pool, potential, k=s.states)[rank() :: world()]
     batch = rollout(task, solver, editor, states, s, step)
     samples = [sample for row in batch["samples"] for sample in row]
-    counts = dict(tokens=sum(len(x.ids) for x in samples), truncated=sum(x.truncated for x in samples), dropped=batch["dropped"])
-    parts = gather({name: batch[name] for name in ("after", "before", "valid")} | counts)
+    counts = {"tokens": sum(len(x.ids) for x in samples), "truncated": sum(x.truncated for x in samples)}
+    parts = gather({name: batch[name] for name in ("after", "before", "valid", "dropped")} | counts)
     after, before, valid = (torch.cat([part[name] for part in parts]) for name in ("after", "before", "valid"))
     n_tokens, start = sum(part["tokens"] for part in parts), time.time()
     weights = advantages(s.advantage, after, before, valid)  # (N, G), some kinds need the whole batch
@@ -264,7 +290,8 @@ def train_step(task, solver, editor, optimizer, pool: list[dict], s: Config, ste
         "valid": float(valid.float().mean()), "truncated": sum(part["truncated"] for part in parts),
         "dropped_problems": sum(part["dropped"] for part in parts),
         "zero_variance": int((score.amax(1) == score.amin(1)).sum()), "tokens": n_tokens, **learned,
-        "lr": optimizer.adamw.param_groups[0]["lr"], "skipped": not math.isfinite(learned["grad_norm"]), "seconds": seconds,
+        "lr": optimizer.adamw.param_groups[0]["lr"], "skipped": not math.isfinite(learned["grad_norm"]),
+        "seconds": seconds,
     }, batch, states
 
 
@@ -309,9 +336,10 @@ def gather(part) -> list:
 
 
 def save_checkpoint(out: Path, step: int, optimizer, pool: list[dict], noise: float) -> None:
-    """State after `step` steps, first under another name, so that a kill leaves whole files only; the newest two stay."""
+    """State after `step` steps, first under another name, so that a kill leaves whole files; the newest two stay."""
     path = out / f"checkpoint-{step:06d}.pt"
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "pool": pool, "noise": noise}, path.with_suffix(".tmp"))
+    state = {"step": step, "optimizer": optimizer.state_dict(), "pool": pool, "noise": noise}  # optimizer: weights too
+    torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
     for old in sorted(out.glob("checkpoint-*.pt"))[:-2]:
         old.unlink()
@@ -355,7 +383,7 @@ def reinforce(task, solver, editor, s: Config, out: Path) -> float:
             pool = gather(grow_states(task, solver, editor, s, step) if rank() == 0 else None)[0] + pool
         if step == 0:
             noise = reward_noise(task, solver, pool[: s.states], s)
-            say(f"2. {len(pool)} start states. Scoring unchanged instructions twice moves their score by {noise:.3f} (s.d.).")
+            say(f"2. {len(pool)} start states. Unchanged instructions, scored twice, differ by {noise:.3f} (s.d.).")
         line, batch, states = train_step(task, solver, editor, optimizer, pool, s, step)
         skipped = skipped + 1 if line["skipped"] else 0
         if skipped == 3:
@@ -374,15 +402,16 @@ def reinforce(task, solver, editor, s: Config, out: Path) -> float:
 def step_text(line: dict) -> str:
     """A log line for people."""
     seconds = line["seconds"]
-    return (f"{line['step']:4d}  reward {line['reward']:+.3f}  better {line['positive']:4.0%}  valid {line['valid']:4.0%}  "
-            f"cut {line['truncated']}  flat {line['zero_variance']}  entropy {line['entropy']:.2f}  |g| {line['grad_norm']:.3f}  "
-            f"|ratio-1| {line['max_ratio_drift']:.0e}  {line['tokens'] / sum(seconds.values()):.0f} tok/s  "
+    return (f"{line['step']:4d}  reward {line['reward']:+.3f}  better {line['positive']:4.0%}  valid {line['valid']:4.0%}"
+            f"  cut {line['truncated']}  flat {line['zero_variance']}  entropy {line['entropy']:.2f}"
+            f"  |g| {line['grad_norm']:.3f}  |ratio-1| {line['max_ratio_drift']:.0e}"
+            f"  {line['tokens'] / sum(seconds.values()):.0f} tok/s  "
             + "  ".join(f"{name} {value:.2f}s" for name, value in seconds.items()) + "  SKIPPED" * line["skipped"])
 
 
 def reward_noise(task, solver, states: list[dict], s: Config) -> float:
     """Standard deviation of the delta of the null edit: unchanged instructions, scored again."""
-    jobs = [(x["instructions"], split_problems(task.problems(x["domain"]), replace(s, test=0, seed=x["seed"]))["holdout"]) for x in states]
+    jobs = [(x["instructions"], state_splits(task, x, s)["holdout"]) for x in states]
     deltas = [fmean(scores) - x["score"] for scores, x in zip(score_all(task, solver, jobs, s), states)]
     return fmean(delta**2 for delta in deltas) ** 0.5
 
@@ -413,15 +442,17 @@ def main(s: Config) -> dict:
     seconds["rl"], clock = time.time() - clock, time.time()
 
     # 4. Before and after, on domains that training never saw.
-    untrained, trees_before = evaluate(task, solver, LocalModel(solver.model, solver.tokenizer, s.max_batch_tokens), s, "4. untrained editor")
+    untrained, trees_before = evaluate(task, solver, solver, s, "4. untrained editor")
     trained, trees = evaluate(task, solver, editor, s, "4. trained editor")
     seconds["evaluation"] = time.time() - clock
-    results = {"untrained": untrained, "trained": trained, "reward_noise": noise, "seconds": seconds, "config": asdict(s)}
+    results = {"untrained": untrained, "trained": trained, "reward_noise": noise, "seconds": seconds,
+               "config": asdict(s)}
     write_text(out / "results.json", json.dumps(results, indent=1))
     for name, tree in trees.items():
         tree.save(out / "trees" / f"{tree_name(name)}.json")
     domain = next(iter(trees))
-    write_report(out / "report.html", {"untrained": trees_before[domain], "trained": trees[domain]}, f"Editing instructions for {domain}")
+    pair = {"untrained editor": trees_before[domain], "trained editor": trees[domain]}
+    write_report(out / "report.html", pair, f"Self-evolution on {domain}")
     print_results(results, domain, trees[domain], out)
     return results
 
@@ -434,7 +465,8 @@ def print_results(results: dict, domain: str, tree, out: Path) -> None:
     say(f"  seed instructions   {results['trained']['seed_instructions']:.3f}")
     for name in ("untrained", "trained"):
         error = results[name]["stderr"]
-        say(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+        spread = f" ± {error:.3f}" if error is not None else ""
+        say(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{spread}")
     if results["config"]["task"] == "mini":
         say(f"  {EXPECT}")
     say("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
