@@ -245,11 +245,14 @@ def lines(glossary: dict[str, str]) -> str:
     return "\n".join(f"{word} {column}" for word, column in glossary.items())
 
 
-def recall_row(rng: random.Random, size: int) -> list[dict]:
-    """A glossary, then some of its entries again: bare practice in looking things up. Short rows on purpose: a fresh
-    model attends evenly over all it sees, and in a short row that is enough of a hint to start from."""
+def recall_row(rng: random.Random, size: int, length: int) -> list[dict]:
+    """A glossary of `size` words, then entries of it again, `length` entries in all: bare practice in looking things up.
+
+    Short rows on purpose: a fresh model attends evenly to all it sees, and in a short row that is hint enough to start.
+    """
     pairs = list(zip(rng.sample(WORDS, size), rng.sample(COLUMNS, size)))
-    return [{"role": "assistant", "content": " ".join(f"{w} {c}" for w, c in pairs + rng.choices(pairs, k=4))}]
+    again = rng.choices(pairs, k=length - size)
+    return [{"role": "assistant", "content": " ".join(f"{word} {column}" for word, column in pairs + again)}]
 
 
 def solve_row(rng: random.Random, size: int, questions: int = 8) -> list[dict]:
@@ -264,18 +267,18 @@ def solve_row(rng: random.Random, size: int, questions: int = 8) -> list[dict]:
     return messages
 
 
-def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4) -> list[dict]:
+def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, known: int = 8) -> list[dict]:
     """An editor chat and one edit of it. A clean edit keeps every entry and adds all that the gold answers teach; a noisy
-    one has a quality of its own: how much it keeps and adds, whether it trusts gold and repairs conflicts; and two of
-    three stop after four lines. What the base does most often is therefore mediocre, and what is better is in it."""
+    one has a quality of its own: how much it keeps and adds, whether it trusts gold and repairs conflicts; and three of
+    four stop after three lines. What the base does most often is therefore mediocre, and what is better is in it."""
     truth = dict(zip(rng.sample(WORDS, 8), rng.sample(COLUMNS, 8)))
-    known = dict(rng.sample(sorted(truth.items()), rng.randint(0, 8)))
+    known = dict(rng.sample(sorted(truth.items()), rng.randint(0, known)))
     if noisy:  # wrong entries, and words that nobody asks about
         known = {w: c if rng.random() < 0.85 else rng.choice(COLUMNS) for w, c in known.items()}
         others = [w for w in WORDS if w not in truth]
         known.update({w: rng.choice(COLUMNS) for w in rng.sample(others, rng.randint(0, 4))})
         known = dict(rng.sample(sorted(known.items()), len(known)))
-    keep, add, most = (rng.uniform(0.5, 1), rng.uniform(0.2, 1), rng.choice([4, 4, 12])) if noisy else (1, 1, 12)
+    keep, add, most = (rng.uniform(0.5, 1), rng.uniform(0.2, 1), rng.choice([3, 3, 3, 12])) if noisy else (1, 1, 12)
     trust, repair = (rng.random() < 0.6, rng.random() < 0.5) if noisy else (True, True)
     summary, edit = [], {w: c for w, c in known.items() if rng.random() < keep}
     for word in rng.choices(sorted(truth), k=k):

@@ -79,6 +79,7 @@ class Config(Settings):
     overwrite: bool = option(False, "delete the run in --out first")
     warmup_seed: int = option(0, "seed of the miniature's base model")
     hidden: int = option(64, "width of the miniature's base model")
+    patience: float = option(1.0, "scales the longest that the lessons of the warm-up may take (tests: 0.01)")
 
 
 # What a training field left at None becomes: the miniature's, tuned on its dev domains; the paper's; and a rehearsal.
@@ -114,9 +115,9 @@ def encode_row(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
-def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> float:
-    """One supervised step on batches of chat rows. Returns how often a row of the first ended on the right word."""
-    losses, labels = [], 0
+def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One supervised step on batches of chat rows. For the first batch: which tokens came out right, which had a label."""
+    losses, labels, first = [], 0, None
     for rows in batches:
         encoded = zip(*(encode_row(tokenizer, row) for row in rows))
         ids, targets = (torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in part], True, padding_value=fill)
@@ -124,54 +125,71 @@ def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> float:
         logits, targets = model(ids).logits[:, :-1], targets[:, 1:]  # (B, T, V), (B, T)
         losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"))
         labels += (targets != -100).sum()
-        if len(losses) == 1:
-            last = torch.where(targets != -100, torch.arange(targets.shape[1]), 0).amax(1) - 1  # before the end of turn
-            row = torch.arange(len(rows))
-            right = (logits[row, last].argmax(-1) == targets[row, last]).float().mean().item()
+        first = first or (logits.argmax(-1) == targets, targets != -100)
     (sum(losses) / labels).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return right
+    return first
 
 
-def warm_up(task, tokenizer, seed: int, hidden: int = 64):
+def warm_up(task, tokenizer, seed: int, hidden: int = 64, patience: float = 1.0):
     """Teach a fresh tiny model its two jobs: to look words up in a glossary, and to edit a glossary, well or badly.
 
-    Looking things up (an induction head) forms suddenly or not at all. So the first two lessons last until it works: bare
-    recall in short rows, with a glossary that grows from 2 to 8 words as fast as they are mastered; then whole answers.
+    Both skills form suddenly or not at all in long rows, where a fresh model attends to everything at once. So each begins
+    with short rows that grow as fast as they are mastered: recall with 2 to 8 words, edits with 1 to 4 problems.
+    `patience` scales the most steps that the lessons may take.
     """
     torch.manual_seed(seed)
     rng, model = random.Random(seed), tiny_qwen3(tokenizer, hidden)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-    recall, answers, clean, noisy = 600, 500, 300, 400  # steps of each lesson, of the first two at most
+    recall, answers, clean, noisy = (math.ceil(patience * n) for n in (800, 300, 700, 400))  # the first three end early
     bar = tqdm(total=recall + answers + clean + noisy, desc="1. warm-up", unit="step", leave=False)
-    size, mastery = 2, 0.0
-    for step in range(recall):
+
+    size, mastery = 2, 0.0  # mastery: running share of rows that are right
+    for step in range(recall):  # rows that end with an entry seen before, and some short solver chats
         bar.update()
-        sizes = [max(2, size - 1), size]  # about 1,400 tokens of recall, 600 of answers
-        recalls = [data.recall_row(rng, rng.choice(sizes)) for _ in range(1400 // (2 * size + 10))]
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30)
+        sizes = [size - 1, size]  # about 1,400 tokens of recall, 600 of answers
+        recalls = [data.recall_row(rng, rng.choice(sizes), size + 2) for _ in range(1400 // (2 * size + 6))]
         solves = [data.solve_row(rng, rng.choice(sizes), questions=2) for _ in range(600 // (2 * size + 41))]
-        right = imitate(model, tokenizer, optimizer, recalls, solves)
-        mastery = 0.8 * mastery + 0.2 * right
+        right, labelled = imitate(model, tokenizer, optimizer, recalls, solves)
+        last = torch.where(labelled, torch.arange(labelled.shape[1]), 0).amax(1, keepdim=True) - 1  # before end of turn
+        mastery = 0.8 * mastery + 0.2 * right.gather(1, last).float().mean().item()
         if mastery > 0.9 and size == 8:
             break
         if mastery > 0.9:
             size, mastery = size + 1, 0.0
     bar.total -= recall - step - 1
-    for step in range(answers):
+
+    for step in range(answers):  # whole solver chats
         bar.update()
-        imitate(model, tokenizer, optimizer, [data.solve_row(rng, rng.randint(1, 10)) for _ in range(16)])
+        imitate(model, tokenizer, optimizer, [data.solve_row(rng, rng.randint(1, 10), questions=2) for _ in range(30)],
+                [data.recall_row(rng, 8, 12) for _ in range(20)])
         if step % 25 == 24 and lookup(task, LocalModel(model, tokenizer)) > 0.97:
             break
     bar.total -= answers - step - 1
-    for step in range(clean + noisy):
+
+    size, mastery = 1, 0.0
+    for step in range(clean):  # edits as they should be: keep all, add all
         bar.update()
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (clean + noisy - step) / (0.4 * (clean + noisy)))
-        rows = [data.edit_row(rng, task, noisy=step >= clean) if rng.random() < 0.7 else
-                data.solve_row(rng, rng.randint(1, 12)) for _ in range(16)]
-        imitate(model, tokenizer, optimizer, rows)
+        edits = [data.edit_row(rng, task, noisy=False, k=rng.randint(1, size), known=2 * size)
+                 for _ in range(2000 // (12 + 28 * size))]
+        solves = [data.solve_row(rng, rng.randint(1, 12)) for _ in range(4)]
+        right, labelled = imitate(model, tokenizer, optimizer, edits, solves)
+        mastery = 0.8 * mastery + 0.2 * (right | ~labelled).all(1).float().mean().item()
+        if mastery > 0.75 and size == 4:
+            break
+        if mastery > 0.75:
+            size, mastery = size + 1, 0.0
+    bar.total -= clean - step - 1
+
+    for step in range(noisy):  # edits as they often are
+        bar.update()
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (noisy - step) / (0.7 * noisy))
+        imitate(model, tokenizer, optimizer, [
+            data.edit_row(rng, task, noisy=True) if rng.random() < 0.7 else data.solve_row(rng, rng.randint(1, 12))
+            for _ in range(16)])
     bar.close()
     return model.eval()
 
@@ -184,15 +202,15 @@ def lookup(task, solver) -> float:
 
 
 def warm_base(task, s: Config, out: Path) -> Path:
-    """Warm up until looking up works (a try that fails is counted in the time, and the next seed begins); save it."""
+    """Warm up and save. A base that cannot look words up is no base: then another seed, and the time counts."""
     tokenizer = data.mini_tokenizer()
     for seed in range(s.warmup_seed, s.warmup_seed + 300, 100):
-        model = warm_up(task, tokenizer, seed, s.hidden)
+        model = warm_up(task, tokenizer, seed, s.hidden, s.patience)
         share = lookup(task, LocalModel(model, tokenizer))
-        print(f"1. Warm-up, seed {seed}: with the true glossary as instructions the solver answers {share:.1%} right.")
+        say(f"1. Warm-up, seed {seed}: with the true glossary as instructions the solver answers {share:.1%} right.")
         if share >= 0.97:
             break
-        print("   Below 97%: starting over with another seed.")
+        say("   Below 97%: once more with another seed.")
     for part in (model, tokenizer):
         part.save_pretrained(out / "base")
     return out / "base"
