@@ -92,7 +92,7 @@ def extract_tag(text: str, tag: str) -> str | None:
     True
     """
     name = re.escape(tag)
-    pairs = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, re.DOTALL | re.IGNORECASE)
+    pairs = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, re.DOTALL | re.IGNORECASE | re.ASCII)
     return pairs[-1].strip() if pairs else None
 
 
