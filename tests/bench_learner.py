@@ -4,9 +4,9 @@
     python tests/bench_learner.py --hidden 64 --repeats 3      the small model only: about a minute
     python tests/bench_learner.py --shapes 2048/64 --groups 8  one line per model
 
-One prompt, G responses of fixed length, random weights. "sample" is what it takes to draw them, "learn" one forward and
-backward of the loss, "MB" the peak of resident memory above the start of "learn" (Linux). Times are medians of processor
-seconds, so that other work on the machine disturbs them little.
+One prompt, G responses of fixed length, random weights. "sample" is what it takes to draw them, "learn" one forward
+and backward of the loss, "MB" the peak of resident memory above the start of "learn" (Linux). Times are medians of
+processor seconds, so that other work on the machine disturbs them little.
 """
 
 import argparse
