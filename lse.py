@@ -93,15 +93,18 @@ class LocalModel:
         role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
         the template's own control strings are cut out.
         """
+        # Half a surrogate pair, which a server's JSON may carry, has no UTF-8: it becomes a question mark.
+        chat = [message | {"content": message["content"].encode(errors="replace").decode()} for message in chat]
         contents = "".join(message["content"] for message in chat)
         found = sorted(set(self.controls.findall(contents)))
         if not found:
             return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
         mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in contents)  # a private-use character
-        safe = [
-            m | {"content": self.controls.sub(lambda hit: f"{mark}{found.index(hit[0])}{mark}", m["content"])}
-            for m in chat
-        ]
+
+        def hide(hit: re.Match) -> str:
+            return f"{mark}{found.index(hit[0])}{mark}"
+
+        safe = [message | {"content": self.controls.sub(hide, message["content"])} for message in chat]
         forged = self.tokenizer.convert_tokens_to_ids(found)  # a vocabulary of whole words cannot spell them: dropped
         ids = []
         for i, piece in enumerate(self.controls.split(self.render(safe))):  # text, control, text, ..., text
