@@ -94,15 +94,18 @@ class LocalModel:
         role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
         the template's own control strings are cut out.
         """
+        # Half a surrogate pair, which a server's JSON may carry, has no UTF-8: it becomes a question mark.
+        chat = [message | {"content": message["content"].encode(errors="replace").decode()} for message in chat]
         contents = "".join(message["content"] for message in chat)
         found = sorted(set(self.controls.findall(contents)))
         if not found:
             return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
         mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in contents)  # a private-use character
-        safe = [
-            m | {"content": self.controls.sub(lambda hit: f"{mark}{found.index(hit[0])}{mark}", m["content"])}
-            for m in chat
-        ]
+
+        def hide(hit: re.Match) -> str:
+            return f"{mark}{found.index(hit[0])}{mark}"
+
+        safe = [message | {"content": self.controls.sub(hide, message["content"])} for message in chat]
         forged = self.tokenizer.convert_tokens_to_ids(found)  # a vocabulary of whole words cannot spell them: dropped
         ids = []
         for i, piece in enumerate(self.controls.split(self.render(safe))):  # text, control, text, ..., text
@@ -114,10 +117,8 @@ class LocalModel:
                 ids += [token for token in plain if token not in forged]
         return ids
 
-    def sample(
-        self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
-        top_p: float = 1.0, top_k: int = 0
-    ) -> list[list[Sample]]:  # fmt: skip
+    def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
+               top_p: float = 1.0, top_k: int = 0) -> list[list[Sample]]:
         """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once.
 
         `top_k=0` and `top_p=1` cut nothing off; leave them so when the samples are to be learned from, since
@@ -453,10 +454,8 @@ def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tenso
     raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score, line, node or batch.")
 
 
-def policy_loss(
-    logprobs: Sequence[Tensor], advantages: Sequence[float] | Tensor, n_tokens: int,
-    old_logprobs: Sequence[Tensor] | None = None, clip: float = 0.2
-) -> Tensor:  # fmt: skip
+def policy_loss(logprobs: Sequence[Tensor], advantages: Sequence[float] | Tensor, n_tokens: int,
+                old_logprobs: Sequence[Tensor] | None = None, clip: float = 0.2) -> Tensor:
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
     `n_tokens` counts the response tokens of the WHOLE batch, so the losses of its micro-batches add up. Every token
@@ -548,9 +547,8 @@ class EvolutionTree:
         self.c, self.rounds, self.nodes = c, 0, []  # rounds: N, the selections so far
         self.add(None, instructions, score, scores, summary)
 
-    def add(
-        self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None, note=""
-    ) -> Node:
+    def add(self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None,
+            note: str = "") -> Node:
         """Attach an edit. A score of None or NaN records an invalid one, with the reason in `note`."""
         parent = parent.id if isinstance(parent, Node) else parent
         if self.nodes and parent not in range(len(self.nodes)):
