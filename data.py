@@ -32,10 +32,10 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Callable
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[boo
     return _ask_worker(db, gold, None, timeout)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _idle_workers(pid: int) -> list[subprocess.Popen]:
     """The worker processes of process `pid` that wait for work. By pid: a fork must not write to its parent's pipes."""
     return []
@@ -244,6 +244,8 @@ def sql_worker() -> None:
     may grow by 96 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
     temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
     """
+    import sqlglot  # noqa: F401 - here, so that the first wrong query need not load it within its time limit
+
     ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
     logging.disable()  # sqlglot would warn on stderr
     sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
@@ -263,7 +265,7 @@ def sql_worker() -> None:
 
 
 def _grow_by(extra: int | None) -> int:
-    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns the bytes in use, 0 if unknown."""
+    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns bytes in use, 0 if unknown."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -483,7 +485,7 @@ class Bird:
         self.train: set[str] = set()  # the databases of the train archive
         self._entries: dict[str, list[tuple[int, dict]]] = {}  # database -> its entries with their place in the file
         self._problems: dict[str, list[Problem]] = {}
-        self._schema = functools.lru_cache(maxsize=None)(schema_text)
+        self._schema = functools.cache(schema_text)
         for file in find_bird_files(Path(path)):
             self._read(file)
         if not self.files:

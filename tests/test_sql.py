@@ -271,7 +271,7 @@ class PeakMemory(threading.Thread):
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_hostile_catalogue(tmp_path):
     """Every query has its outcome in time and in memory; the file and its folder stay as they were."""
-    limit, gold = 0.6, "SELECT count(*) FROM singer"
+    gold = "SELECT count(*) FROM singer"
     path = make_db(tmp_path / "pop.sqlite")
     (tmp_path / "secret").write_text("secret")
     before = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -280,40 +280,34 @@ def test_hostile_catalogue(tmp_path):
     seen = []
     for sql, expected in CATALOGUE:
         sql = sql.replace("{dir}", str(tmp_path))
+        limit = 0.6 if "timeout" in (expected or "") else 30.0  # a busy machine must not make a timeout of an error
         with PeakMemory() as memory:
             start = time.monotonic()
             grade = execution_match(path, sql, gold, timeout=limit)
             took = time.monotonic() - start
-        seen.append((took, memory.peak - idle, sql[:60].encode("ascii", "replace").decode()))
+        seen.append((took - limit, memory.peak - idle, sql[:60].encode("ascii", "replace").decode()))
         if expected is None:
             assert grade.correct and grade.feedback == "", (sql[:80], grade.feedback)
         else:
             assert not grade.correct and re.search(expected, grade.feedback), (sql[:80], grade.feedback)
         assert len(grade.feedback.encode()) < 2000
-        assert execution_match(path, "SELECT 4", gold, timeout=limit).correct  # gold is untouched
+        assert execution_match(path, "SELECT 4", gold).correct  # gold is untouched
     slowest, fattest = max(seen), max(seen, key=lambda row: row[1])
     killed = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"\n{len(seen)} queries, limit {limit} s; slowest {slowest[0]:.2f} s: {slowest[2]}")
+    print(f"\n{len(seen)} queries; the slowest took its limit and {slowest[0]:.2f} s: {slowest[2]}")
     print(f"peak {fattest[1]:.0f} MiB above idle: {fattest[2]}; largest worker that ended {killed:.0f} MiB")
     assert len(seen) >= 40
-    assert slowest[0] < limit + 1
+    assert slowest[0] < 1
     assert fattest[1] < 200
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pop.sqlite", "secret"]
 
 
-def test_only_rows_of_gold_are_kept(db):
-    """A million rows that gold lacks: refuted at once, although reading them all would take seconds."""
-    start = time.monotonic()
-    grade = execution_match(db, f"{COUNT} SELECT x, hex(zeroblob(10000)) FROM c LIMIT 1000000", "SELECT 1")
-    assert not grade.correct and time.monotonic() - start < 2
-
-
 def test_a_large_gold_result_is_no_memory_error(db):
     """The 96 MiB of a prediction come on top of its gold result, and it keeps no second copy of that."""
-    big = f"{COUNT} SELECT x, 'row number ' || x || hex(zeroblob(20)) FROM c LIMIT 300000"
+    big = f"{COUNT} SELECT x, 'row number ' || x || hex(zeroblob(600)) FROM c LIMIT 100000"
     assert execution_match(db, big, big).correct
-    assert not execution_match(db, big.replace("300000", "299999"), big).correct
+    assert not execution_match(db, big.replace("100000", "99999"), big).correct
     assert execution_match(db, "SELECT 1", "SELECT 1").correct
 
 
@@ -341,7 +335,8 @@ def test_a_large_gold_result_is_no_memory_error(db):
     ],
 )
 def test_feedback(db, sql, parts):
-    feedback = execution_match(db, sql, "SELECT DISTINCT age FROM singer WHERE age > 0", timeout=0.3).feedback
+    limit = 0.3 if "timeout" in parts else 30.0
+    feedback = execution_match(db, sql, "SELECT DISTINCT age FROM singer WHERE age > 0", limit).feedback
     assert all(part in feedback for part in parts), feedback
 
 
@@ -401,7 +396,15 @@ def test_a_worker_that_dies_is_a_wrong_verdict_and_is_replaced(db):
     stop_workers()  # dead idle workers are noticed before they get work
     assert execution_match(db, "SELECT 4", "SELECT count(*) FROM singer").correct
     before = set(children())
-    assassin = threading.Timer(0.3, lambda: [os.kill(pid, signal.SIGKILL) for pid in children()])
+
+    def kill_when_busy():
+        while data._idle_workers(os.getpid()):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+
+    assassin = threading.Thread(target=kill_when_busy)
     assassin.start()
     grade = execution_match(db, f"{COUNT} SELECT count(*) FROM c", "SELECT 4", timeout=20)
     assassin.join()
@@ -442,8 +445,8 @@ def test_no_worker_outlives_its_parent(db, end):
     if end != "normal":
         time.sleep(0.4)
         parent.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
-    parent.wait(5)
-    assert gone(worker, 2.5)
+    parent.wait(30)
+    assert gone(worker, within=6 if end == "kill" else 1)
 
 
 def test_a_fork_gets_workers_of_its_own(db):
@@ -464,15 +467,18 @@ def test_importing_data_loads_nothing_heavy():
 # -- real questions ---------------------------------------------------------------------------------------------------
 
 
-def reference(path: Path, sql: str, seconds: float = 1.0) -> set | str:
-    """The plain evaluator's result: a fresh read-only connection, a set of rows; "error", or "slow" after `seconds`."""
+def reference(path: Path, sql: str, steps: int = 5000) -> set | str:
+    """The plain evaluator's result: a fresh read-only connection, a set of rows; "error", or "slow" after too many steps.
+
+    A step is 10,000 instructions of SQLite's machine, so that the load of this one decides nothing.
+    """
+    left = iter(range(steps))
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        end = time.monotonic() + seconds
-        connection.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        connection.set_progress_handler(lambda: next(left, None) is None, 10_000)
         try:
             return set(connection.execute(sql).fetchall())
         except Exception:
-            return "slow" if time.monotonic() > end else "error"
+            return "slow" if next(left, None) is None else "error"
 
 
 MUTATIONS = [
