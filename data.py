@@ -191,8 +191,8 @@ def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[boo
 
 
 @functools.cache
-def _idle_workers(pid: int) -> list[subprocess.Popen]:
-    """The worker processes of process `pid` that wait for work. By pid: a fork must not write to its parent's pipes."""
+def _idle_workers() -> list[subprocess.Popen]:
+    """The worker processes that wait for work, the one list of this process."""
     return []
 
 
@@ -212,8 +212,8 @@ def _start_worker() -> subprocess.Popen:
 
 def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
     """One request to an idle or a new worker: (verdict, feedback), or without `gold` (ran, pickled result or error)."""
-    idle, worker = _idle_workers(os.getpid()), None
-    while worker is None or worker.poll() is not None:
+    idle, worker = _idle_workers(), None
+    while worker is None or worker.poll() is not None:  # it died, or this is a fork, which must not use its parent's
         try:
             worker = idle.pop()
         except IndexError:
