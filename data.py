@@ -390,9 +390,9 @@ def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[boo
     return _ask_worker(db, gold, None, timeout)
 
 
-@functools.lru_cache(maxsize=None)
-def _idle_workers(pid: int) -> list[subprocess.Popen]:
-    """The worker processes of process `pid` that wait for work. By pid: a fork must not write to its parent's pipes."""
+@functools.cache
+def _idle_workers() -> list[subprocess.Popen]:
+    """The worker processes that wait for work, the one list of this process."""
     return []
 
 
@@ -412,8 +412,8 @@ def _start_worker() -> subprocess.Popen:
 
 def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
     """One request to an idle or a new worker: (verdict, feedback), or without `gold` (ran, pickled result or error)."""
-    idle, worker = _idle_workers(os.getpid()), None
-    while worker is None or worker.poll() is not None:
+    idle, worker = _idle_workers(), None
+    while worker is None or worker.poll() is not None:  # it died, or this is a fork, which must not use its parent's
         try:
             worker = idle.pop()
         except IndexError:
@@ -444,6 +444,8 @@ def sql_worker() -> None:
     may grow by 96 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
     temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
     """
+    import sqlglot  # noqa: F401 - here, so that the first wrong query need not load it within its time limit
+
     ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
     logging.disable()  # sqlglot would warn on stderr
     sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
@@ -463,7 +465,7 @@ def sql_worker() -> None:
 
 
 def _grow_by(extra: int | None) -> int:
-    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns the bytes in use, 0 if unknown."""
+    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns bytes in use, 0 if unknown."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -683,7 +685,7 @@ class Bird:
         self.train: set[str] = set()  # the databases of the train archive
         self._entries: dict[str, list[tuple[int, dict]]] = {}  # database -> its entries with their place in the file
         self._problems: dict[str, list[Problem]] = {}
-        self._schema = functools.lru_cache(maxsize=None)(schema_text)
+        self._schema = functools.cache(schema_text)
         for file in find_bird_files(Path(path)):
             self._read(file)
         if not self.files:
