@@ -109,6 +109,8 @@ def test_read_letter_reads_every_letter(letter: str, form: str):
 @example("9" * 10_000)
 @example("1e999")
 @example("0" * 399 + "12")
+@example("1.5/2")
+@example("1e5/2")
 def test_read_number_reads_the_only_digits_there_are(text: str):
     number = read_number(text)
     if number is None:
