@@ -25,7 +25,6 @@ import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -316,26 +315,16 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 # The report
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Wide and narrow, light and dark; colours that the colour-blind can tell apart, each with a number or a sign beside it.
-CSS = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#5b6570;--rule:#ccd3da;--box:#f4f6f8;--up:#005f9e;
---down:#a84300;--ins:#cfe6fa;--del:#fbdcc4;--c0:#0072b2;--c1:#d55e00;--c2:#008060;--c3:#a8428f}
-@media(prefers-color-scheme:dark){:root{--bg:#14171a;--fg:#e4e8ec;--dim:#9aa5b0;--rule:#39424a;--box:#1d2226;
---up:#6cb8ef;--down:#f2a35e;--ins:#174a70;--del:#6b3a12;--c0:#56b4e9;--c1:#f08c3a;--c2:#2fc39a;--c3:#e39acb}}
-body{margin:auto;max-width:76rem;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;
-overflow-wrap:anywhere}a{color:var(--up)}h2{margin:2rem 0 1rem;padding-top:1rem;border-top:1px solid var(--rule)}
-h3{font-size:1rem;margin:1rem 0 .3rem}.cols{display:grid;gap:1rem 2.5rem;grid-template-columns:24rem minmax(0,1fr)}
-figure{margin:0;align-self:start;position:sticky;top:1rem}
-@media(max-width:50rem){.cols{grid-template-columns:minmax(0,1fr)}figure{position:static}}
-svg{max-width:100%;height:auto}text{fill:var(--fg);font:13px system-ui,sans-serif}
-path,line{fill:none;stroke:var(--rule)}circle{stroke:var(--fg)}.edge{stroke:var(--dim);stroke-width:1.5}
-.way{stroke:var(--fg);stroke-width:4}.dim,figcaption{color:var(--dim);fill:var(--dim)}
-.up{color:var(--up);fill:var(--up)}.down{color:var(--down);fill:var(--down)}
-pre{background:var(--box);padding:.6rem;border-radius:.4rem;margin:.2rem 0;font:14px/1.5 ui-monospace,monospace;
-white-space:pre-wrap}ins{background:var(--ins)}del{background:var(--del)}:target{scroll-margin-top:4rem}
-details{border-bottom:1px solid var(--rule);padding:.3rem 0}summary{cursor:pointer}
-details details{border:0;margin-left:1rem}td,th{padding:.2rem .8rem .2rem 0;text-align:left}td+td{white-space:nowrap}
-i{display:inline-block;width:.9em;height:.9em;border:1px solid var(--fg);border-radius:50%;vertical-align:-.1em}"""
+# The browser brings dark on light or light on dark, as the reader prefers; every colour here is readable on both, and
+# has a number, a sign or a link beside it for the colour-blind. One column, so that it fits a phone.
+# .way: the edges to the best node; .run: a line of the chart, in the colour .c0 to .c4 (the sixth run begins again).
+CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:56rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}h2{margin-top:3rem}figure{margin:0;overflow-x:auto}text{fill:currentColor;font-size:13px}
+path{fill:none;stroke:#888}circle{stroke:currentColor}.way{stroke:currentColor;stroke-width:4}
+.run path{stroke:currentColor;stroke-width:2.5}.run circle{fill:currentColor}.c0{color:#0072b2}.c1{color:#d55e00}
+.c2{color:#009e73}.c3{color:#cc79a7}.c4{color:#888}ins{background:#0072b255}del{background:#d55e0055}
+pre{background:#8882;padding:.6rem;white-space:pre-wrap}details{border-bottom:1px solid #8888;padding:.3rem 0}
+summary{cursor:pointer}details details{margin-left:1rem}"""
 
 
 def clean(text: str) -> str:
@@ -346,189 +335,170 @@ def clean(text: str) -> str:
 def esc(value: object) -> str:
     """A value as text that stays text inside HTML and XML, in elements and in quoted attributes.
 
+    All that a model, a data set or a user wrote goes through here on its way into the page.
+
     >>> esc('<b> & "\\0"')
     '&lt;b&gt; &amp; &quot;\ufffd&quot;'
     """
     return html.escape(clean(str(value)))
 
 
-def layout(tree: Any) -> tuple[list[int], dict[int, int], set[int]]:
-    """The tree drawn as `git log --graph` would, one row a node, oldest first: (column of each node, each node's last
-    child, ids on the way to the best node).
+def lineages(tree: Any) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """The ids from the seed down to each node, the tree depth first with children by age; and those to the best node.
 
-    The last child stays in its parent's column. Earlier children leave to the right, into the first column that is free
-    until their branch ends: whatever leaves a column comes from the nearest node above in it.
+    A lineage ends in its node, and its length is the node's depth, the seed's being 1.
     """
-    heir = {node.parent: node.id for node in tree.nodes[1:]}  # later children overwrite earlier ones
-    columns: list[int] = []
-    taken: list[tuple[int, int, int]] = []  # (column, first row, last row)
+    found: list[tuple[int, ...]] = []
     for node in tree.nodes:
-        if node.id and heir[node.parent] == node.id:
-            columns.append(columns[node.parent])
-            continue
-        last, column = node.id, columns[node.parent] if node.id else 0
-        while last in heir:
-            last = heir[last]
-        while any(column == other and node.id <= end and begin <= last for other, begin, end in taken):
-            column += 1
-        taken.append((column, node.id, last))
-        columns.append(column)
-    node, way = tree.best(), {0}
-    while node.id:
-        way.add(node.id)
-        node = tree.nodes[node.parent]
-    return columns, heir, way
+        found.append((*found[node.parent], node.id) if node.id else (0,))
+    return sorted(found), found[tree.best().id]
+
+
+def fate(tree: Any, node: Any) -> str:
+    """How an edit turned out, as in "0.750 (+0.125) ★ best": its score, and the change from its parent's (eq. 7)."""
+    if node.score is None:
+        return "✗ invalid"
+    change = f" ({node.score - tree.nodes[node.parent].score:+.3f})" if node.id else ""
+    return f"{node.score:.3f}{change}{' ★ best' if node is tree.best() else ''}"
 
 
 def tree_text(tree: Any) -> str:
-    """The tree as text, a row for each node, oldest first: branches, id, score, visits; * the way to the best node."""
-    (columns, heir, way), rows = layout(tree), []
-    for node in tree.nodes:
-        cells = [" "] * (2 * max(columns) + 1)
-        for above in range(node.id):
-            if heir.get(above, 0) > node.id:
-                cells[2 * columns[above]] = "│"
-        if node.id and columns[node.id] > columns[node.parent]:
-            begin, end = 2 * columns[node.parent], 2 * columns[node.id]
-            cells[begin:end] = ["├"] + ["┼" if cell == "│" else "─" for cell in cells[begin + 1 : end]]
-        cells[2 * columns[node.id]] = "*" if node.id in way else "x" if node.score is None else "o"
-        score = " ".join(clean(f"invalid: {node.note}").split())[:60] if node.score is None else f"{node.score:.3f}"
-        rows.append(f"{''.join(cells)} {node.id:>3}  {score}  visits {node.visits}")
+    """The tree as text for a terminal, one row a node, indented under its parent: id, fate, visits.
+
+    Signs: `*` on the way to the best node, `x` an invalid edit, whose reason is named, `o` any other.
+
+    >>> tree = EvolutionTree("seed", 0.5)
+    >>> nodes = tree.add(0, "worse", 0.25), tree.add(0, "better", 0.75), tree.add(2, "", None, note="no tags")
+    >>> print(tree_text(tree))
+    *       0  0.500  visits 0
+      o     1  0.250 (-0.250)  visits 0
+      *     2  0.750 (+0.250) ★ best  visits 0
+        x   3  ✗ invalid  visits 0  no tags
+    """
+    (paths, way), rows = lineages(tree), []
+    for path in paths:
+        node = tree.nodes[path[-1]]
+        mark = "x" if node.score is None else "*" if node.id in way else "o"
+        branch = ("  " * (len(path) - 1) + mark).ljust(2 * max(map(len, paths)))
+        note = " ".join(clean(node.note).split())[:60]  # may quote what a model wrote: one short line of it
+        rows.append(f"{branch}{node.id:>3}  {fate(tree, node)}  visits {node.visits}  {note}".rstrip())
     return "\n".join(rows)
 
 
-def colour(score: float, low: float, high: float) -> str:
-    """From dark blue at `low` to yellow at `high`, lighter all the way."""
-    t = (score - low) / ((high - low) or 1)
-    return "#" + "".join(f"{round(a + (b - a) * t):02x}" for a, b in ((0, 255), (32, 234), (90, 70)))
+def share(score: float, span: tuple[float, float]) -> float:
+    """Where a score lies between the lowest (0) and the highest (1) of the page, which are `span`."""
+    return (score - span[0]) / (span[1] - span[0] or 1)  # or 1: all scores are the same
 
 
-def fate(tree: Any, node: Any) -> tuple[str, str]:
-    """How an edit turned out: its score, and its distance from the parent's score, coloured (a tspan, for SVG)."""
-    if node.score is None:
-        return "invalid", ""
-    before = tree.nodes[node.parent or 0].score
-    by = node.score - before if before is not None else 0.0
-    change = f'<tspan class="{"up" if by > 0 else "down"}">{by:+.3f}</tspan>' if by else ""
-    return f"{node.score:.3f}", change + (" ★ best" if node is tree.best() else "")
+def colour(score: float, span: tuple[float, float]) -> str:
+    """From dark blue for the lowest score to yellow for the highest, lighter all the way: it works in grey as well."""
+    return f"color-mix(in srgb, #ffea46 {share(score, span):.0%}, #00205a)"
 
 
-def diff(old: list[str], new: list[str], deeper: bool = True) -> str:
-    """What changed between two lists of lines, as <del> and <ins>; in lines that were only altered, word by word."""
+def tree_svg(tree: Any, name: str, span: tuple[float, float]) -> str:
+    """`tree_text` as a picture: score as colour and number, the way to the best node thick, invalid edits hollow.
+
+    Every node is a link to its details, whose ids are "{name}-{id of the node}". Units are pixels: the picture is not
+    shrunk to a narrow window, where nobody could read it, but scrolled.
+    """
+    (paths, way), row, edges, dots = lineages(tree), {}, ["", ""], ""  # edges: all others, and those of the way
+    for path in paths:
+        node, x = tree.nodes[path[-1]], 14 * len(path)
+        y = row[node.id] = 26 * len(row) + 14
+        if node.id:  # down from the parent, then right
+            edges[node.id in way] += f"M{x - 14} {row[node.parent]}V{y}H{x}"
+        fill = "Canvas" if node.score is None else colour(node.score, span)
+        dots += (f'<a href="#{name}-{node.id}"><circle cx="{x}" cy="{y}" r="8" fill="{fill}"/>'
+                 f'<text x="{x + 14}" y="{y + 5}">#{node.id} · {fate(tree, node)}</text></a>')
+    return (f'<svg width="{14 * max(map(len, paths)) + 200}" height="{26 * len(row)}" role="img" aria-label="tree">'
+            f'<path d="{edges[0]}"/><path class="way" d="{edges[1]}"/>{dots}</svg>')
+
+
+def chart_svg(runs: dict[str, Any], span: tuple[float, float]) -> str:
+    """Holdout score over the rounds: per run a stepped line for the best so far, a dot for each round's own edit.
+
+    x runs from 50 to 350 over the rounds, y from 190 up to 10 over the scores. A line is a link to its run.
+    """
+    rounds = max(1, *(len(tree.nodes) - 1 for tree in runs.values()))
+    out = f'<text x="50" y="215">round 0</text><text x="350" y="215" text-anchor="end">round {rounds}</text>'
+
+    def y(score: float) -> float:
+        return round(190 - 180 * share(score, span), 1)
+
+    for i in range(5):  # the axis is also the key to the colours of the trees
+        level = span[0] + i / 4 * (span[1] - span[0])
+        out += (f'<path d="M50 {y(level)}H350"/><circle cx="8" cy="{y(level)}" r="6" fill="{colour(level, span)}"/>'
+                f'<text x="18" y="{y(level) + 4}">{level:.2f}</text>')
+    for k, tree in enumerate(runs.values()):
+        best, line, dots = tree.nodes[0].score, "", ""
+        for node in tree.nodes:
+            x = round(50 + 300 * node.id / rounds, 1)
+            best = max(best, node.score or 0.0)
+            line += f"H{x}V{y(best)}" if node.id else f"M{x} {y(best)}"
+            if node.score is not None:
+                dots += f'<circle cx="{x}" cy="{y(node.score)}" r="3"/>'
+        out += f'<a class="run c{k % 5}" href="#t{k}"><path d="{line}"/>{dots}</a>'
+    return f'<svg viewBox="0 0 360 220" style="max-width:40rem" role="img" aria-label="runs">{out}</svg>'
+
+
+def diff(old: str, new: str) -> str:
+    """What changed between two texts, sentence by sentence, as <del> and <ins>; leaving either out gives the other.
+
+    >>> diff("Be brief. Be kind.", "Be brief. Be exact.")
+    'Be brief.<del> Be kind.</del><ins> Be exact.</ins>'
+    """
+    a, b = (re.split(r"(?<=[.:;!?\n])", text) for text in (old, new))  # loses nothing: it splits between characters
     out = ""
-    for op, i, j, k, m in SequenceMatcher(None, old, new).get_opcodes():
-        was, now = "".join(old[i:j]), "".join(new[k:m])
-        words = [re.findall(r"\s+|\w+|.", text) for text in (was, now)]
-        if op == "equal":
-            out += esc(was)
-        elif deeper and len(was + now) < 20_000 and SequenceMatcher(None, *words).ratio() > 0.5:  # quadratic in length
-            out += diff(*words, deeper=False)
-        else:
-            out += (f"<del>{esc(was)}</del>" if was else "") + (f"<ins>{esc(now)}</ins>" if now else "")
+    for kind, i, j, k, m in SequenceMatcher(None, a, b).get_opcodes():
+        was, now = esc("".join(a[i:j])), esc("".join(b[k:m]))
+        out += was if kind == "equal" else f"<del>{was}</del><ins>{now}</ins>"
     return out
 
 
-def tree_svg(tree: Any, name: str, low: float, high: float) -> str:
-    """`layout` as a picture: score as colour and number, the way to the best node thick, invalid edits crossed."""
-    (columns, _, way), edges, dots = layout(tree), ["", ""], ""  # edges: the others, and the way to the best
-    x, y = [12 + 20 * column for column in columns], [14 + 26 * node.id for node in tree.nodes]
-    text = max(x) + 18
-    for node, at, row in zip(tree.nodes, x, y):
-        if node.id:
-            bend = f"V{row}" if at == x[node.parent] else f"V{row - 10}q0 10 10 10H{at}"
-            kind = "way" if node.id in way else "edge"
-            edges[kind == "way"] += f'<path class="{kind}" d="M{x[node.parent]} {y[node.parent]}{bend}"/>'
-        mark = (f'<path class="edge" d="M{at - 5} {row - 5}l10 10m0 -10l-10 10"/>' if node.score is None else
-                f'<circle cx="{at}" cy="{row}" r="8" fill="{colour(node.score, low, high)}"/>')
-        score, change = fate(tree, node)
-        dots += (f'<a href="#{name}-{node.id}">{mark}<text x="{text}" y="{row + 5}"><tspan class="dim">#{node.id}'
-                 f'</tspan><tspan x="{text + 34}">{score}</tspan><tspan x="{text + 82}">{change}</tspan></text></a>')
-    return (f'<svg viewBox="0 0 {text + 190} {y[-1] + 14}" width="{text + 190}" role="img" aria-label="tree of edits">'
-            f'{"".join(edges)}{dots}</svg>')
+def node_html(tree: Any, node: Any, name: str) -> str:
+    """What is behind one node, folded: what changed, its text in full, the graded problems that its editor saw.
 
-
-def chart_svg(trees: list, low: float, high: float) -> str:
-    """Holdout score over the rounds: a stepped line for the best so far, a dot for each round's own score."""
-    rounds, out = max(4, *(len(tree.nodes) - 1 for tree in trees)), ""
-    bottom, top = int(10 * low), int(10 * high) + 1  # the axis, in tenths
-    x = [36 + 410 * i / rounds for i in range(rounds + 1)]
-
-    def y(score: float) -> float:
-        return round(220 - 200 * (10 * score - bottom) / (top - bottom), 1)
-
-    for tenth in range(bottom, top + 1, 1 + (top - bottom) // 6):
-        level = y(tenth / 10)
-        out += f'<line x1="36" x2="446" y1="{level}" y2="{level}"/><text x="0" y="{level + 4}">{tenth / 10:.1f}</text>'
-    for i in range(0, rounds + 1, 1 + rounds // 7):
-        out += f'<text x="{x[i]:.1f}" y="240" text-anchor="middle">{i}</text>'
-    for k, tree in enumerate(trees):
-        best = list(accumulate((node.score or 0.0 for node in tree.nodes), max))
-        steps = "".join(f"H{at:.1f}V{y(score)}" for at, score in zip(x, best))
-        out += f'<path style="{stroke(k)}" d="M{x[0]} {y(best[0])}{steps}"/>'
-        out += "".join(f'<circle cx="{at:.1f}" cy="{y(node.score)}" r="3" style="fill:var(--c{k % 4});stroke:none"/>'
-                       for at, node in zip(x, tree.nodes) if node.score is not None)
-    return f'<svg viewBox="0 0 460 245" width="620" role="img" aria-label="score over the rounds">{out}</svg>'
-
-
-def stroke(k: int) -> str:
-    """The line of run k: 4 colours and 5 dash patterns make 20 different ones."""
-    dashes = ("none", "7 3", "2 3", "9 3 2 3", "14 4")[k % 5]
-    return f"stroke:var(--c{k % 4});stroke-width:2.5;stroke-dasharray:{dashes}"
-
-
-def node_html(tree: Any, node: Any, name: str, chip: str) -> str:
-    """What is behind one node: what changed, its instructions in full, its graded problems."""
-    parent, (score, change) = tree.nodes[node.parent] if node.id else None, fate(tree, node)
-    origin = "seed" if parent is None else f"from #{parent.id}"
-    out = (f"<details><summary>{chip} <b>#{node.id}</b> {origin} · {score} {change.replace('tspan', 'span')} · visits "
-           f'{node.visits}</summary><div id="{name}-{node.id}">')
+    The id is inside the fold, so that a link to it makes the browser open it.
+    """
+    origin = f"from #{node.parent}" if node.id else "seed"
+    out = (f"<details><summary><b>#{node.id}</b> {origin} · {fate(tree, node)} · visits {node.visits}</summary>"
+           f'<div id="{name}-{node.id}">')
     if node.score is None:
-        out += f"<p>Invalid edit: {esc(node.note)}</p>"
-    elif parent is not None:
-        was, now = ((each.instructions + "\n").splitlines(keepends=True) for each in (parent, node))
-        out += f"<h3>Changed from #{parent.id}</h3><pre>{diff(was, now)}</pre>"
-    heading = "Instructions" if node.score is not None else "What the editor wrote"
-    out += f"<h3>{heading}</h3><pre>{esc(node.instructions)}</pre>"
-    if node.summary:
-        right = sum(one["correct"] for one in node.summary)
-        out += f"<h3>Summary the editor saw: {right} of {len(node.summary)} problems right</h3>"
+        out += f"<p>Invalid edit: {esc(node.note)}. What the editor wrote is below.</p>"
+    elif node.id:
+        out += f"<h3>Changed {origin}</h3><pre>{diff(tree.nodes[node.parent].instructions, node.instructions)}</pre>"
+    right = sum(one["correct"] for one in node.summary)
+    out += f"<h3>In full</h3><pre>{esc(node.instructions)}</pre>"
+    out += f"<h3>Summary the editor saw: {right} of {len(node.summary)} problems right</h3>" if node.summary else ""
     for one in node.summary:
-        facts = "".join(f'<div class="dim">{key}</div><pre>{esc(one[key][:4000])}</pre>'
-                        for key in ("answer", "gold", "feedback", "response") if one[key])
         mark = ("✓" if one["correct"] else "✗") + (" (cut off)" if one["truncated"] else "")
+        said = [key for key in ("answer", "gold", "feedback", "response") if one[key]]
+        facts = "".join(f"{key}<pre>{esc(one[key][:4000])}</pre>" for key in said)  # a model in a loop fills pages
         out += f"<details><summary>{mark} {esc(one['question'])}</summary>{facts}</details>"
     return out + "</div></details>"
 
 
 def write_report(path: str | Path, runs: dict[str, Any], title: str = "Learning to self-evolve") -> None:
-    """One self-contained page (HTML and XML at once) on `runs`, label -> EvolutionTree: no scripts, nothing loaded."""
+    """One self-contained page on `runs`, label -> EvolutionTree: the runs side by side, then each with all its nodes.
+
+    It is HTML and XML at once, has no scripts, and loads nothing: should hostile text ever get past `esc`, the policy
+    in its head still forbids the browser to run or fetch anything.
+    """
     scores = [node.score for tree in runs.values() for node in tree.nodes if node.score is not None]
-    low, high = min(scores), max(scores)
-
-    def chip(score: float | None) -> str:
-        return "✗" if score is None else f'<i style="background:{colour(score, low, high)}"></i>'
-
-    legend = " ".join(f"{chip(low + (high - low) * i / 4)} {low + (high - low) * i / 4:.2f}" for i in range(5))
-    rows, body = "<tr><th>run</th><th>seed</th><th>best</th><th>gain</th><th>invalid</th></tr>", ""
+    span, legend, body = (min(scores), max(scores)), "", ""
     for k, (label, tree) in enumerate(runs.items()):
-        seed, best, name, rounds = tree.nodes[0], tree.best(), f"t{k}", len(tree.nodes) - 1
-        line = f'<svg width="28" height="10"><path style="{stroke(k)}" d="M0 5H28"/></svg>'
-        cells = (f'{line} <a href="#{name}">{esc(label)}</a>', f"{seed.score:.3f}", f"{best.score:.3f}",
-                 f"{best.score - seed.score:+.3f}", f"{sum(node.score is None for node in tree.nodes)} of {rounds}")
-        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        nodes = "".join(node_html(tree, node, name, chip(node.score)) for node in tree.nodes)
-        body += f"""<h2 id="{name}">{esc(label)}: {seed.score:.3f} → {best.score:.3f}</h2><div class="cols"><figure>
-{tree_svg(tree, name, low, high)}<figcaption>{legend}<br/>One row a round, oldest on top. Thick: the way to the best
-node. ✗: invalid edit.</figcaption></figure><div><h3>Best instructions (#{best.id})</h3>
-<pre>{esc(best.instructions)}</pre><h3>All nodes</h3>{nodes}</div></div>"""
+        seed, best, invalid = tree.nodes[0].score, tree.best(), sum(node.score is None for node in tree.nodes)
+        headline = f"{esc(label)}: {seed:.3f} → {best.score:.3f}, {invalid} of {len(tree.nodes) - 1} edits invalid"
+        legend += f'<br/><b class="c{k % 5}">━●━</b> <a href="#t{k}">{headline}</a>'
+        nodes = "".join(node_html(tree, node, f"t{k}") for node in tree.nodes)
+        body += f"""<h2 id="t{k}">{headline}</h2><figure>{tree_svg(tree, f"t{k}", span)}</figure>
+<h3>Best instructions (#{best.id})</h3><pre>{esc(best.instructions)}</pre><h3>All nodes</h3>{nodes}"""
     Path(path).write_text(f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
-<title>{esc(title)}</title><style>{CSS}</style></head><body><h1>{esc(title)}</h1><div class="cols"><div>
-<table>{rows}</table><p class="dim">Holdout scores. They guided the search, so the best one is optimistic: trust the
-test split.</p></div><div>{chart_svg(list(runs.values()), low, high)}<br/><span class="dim">Line: best so far. Dot: the
-round's own edit.</span></div></div>{body}</body></html>
-""", encoding="utf-8")
+<title>{esc(title)}</title><style>{CSS}</style></head><body><h1>{esc(title)}</h1>{chart_svg(runs, span)}
+<p>Line: best so far. Dot: each round's own edit. The holdout guided the search: trust the test split.{legend}</p>
+{body}</body></html>""", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
