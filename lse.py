@@ -41,6 +41,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -60,6 +61,28 @@ class Sample:
     ids: Tensor | None  # (T,) on the CPU; None for a remote model
     prompt_ids: Tensor | None  # (P,)
     truncated: bool  # no EOS within max_new_tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for what will be sampled.
+
+    A DynamicLayer copies all it holds at every new token: behind a long prompt, half of the time to sample. This one
+    is copied once, from `layer`, whose row `owner[i]` becomes row i.
+    """
+
+    def __init__(self, layer: DynamicLayer, owner: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.stores = [F.pad(old[owner], (0, 0, 0, room)) for old in (layer.keys, layer.values)]  # (rows, heads, L, d)
+        self.keys, self.values = (store[:, :, : layer.keys.shape[2]] for store in self.stores)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for store, new in zip(self.stores, (key_states, value_states)):
+            store[:, :, start:end] = new
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        return self.keys, self.values
 
 
 class LocalModel:
@@ -168,8 +191,8 @@ class LocalModel:
         """One batch. What is common is prefilled once: the prefix of all rows, then the rest of every distinct prompt.
 
         Layout of a row: prefix, rest, padding, last prompt token. Padding that follows needs no mask while prefilling;
-        later the mask hides it, and positions count real tokens only. The last token is left to `generate`, which must
-        start from one.
+        later the mask hides it, and positions count real tokens only (behind a sliding window, padding counts as well).
+        The last token is left to `generate`, which must start from one.
         """
         model, device = self.model, self.model.device
         distinct = sorted(set(rows))
@@ -196,8 +219,11 @@ class LocalModel:
                 cache.batch_select_indices(torch.zeros_like(lengths))
             if rest.shape[1]:
                 model(rest, past_key_values=cache, logits_to_keep=1)
-            if prefix + rest.shape[1]:
-                cache.batch_select_indices(owner)
+            for i, layer in enumerate(cache.layers if prefix + rest.shape[1] else []):
+                if type(layer) is DynamicLayer:
+                    cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
+                else:  # a sliding window, say: it stays small by itself
+                    layer.batch_select_indices(owner)
             out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
         finally:
             model.generation_config = config
