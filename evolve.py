@@ -376,8 +376,8 @@ overflow-wrap:anywhere}h2{margin-top:3rem}figure{margin:0;overflow-x:auto}text{f
 path{fill:none;stroke:#888}circle{stroke:currentColor}.way{stroke:currentColor;stroke-width:4}
 .run path{stroke:currentColor;stroke-width:2.5}.run circle{fill:currentColor}.c0{color:#0072b2}.c1{color:#d55e00}
 .c2{color:#009e73}.c3{color:#cc79a7}.c4{color:#888}ins{background:#0072b255}del{background:#d55e0055}
-pre{background:#8882;padding:.6rem;white-space:pre-wrap}details{border-bottom:1px solid #8888;padding:.3rem 0}
-summary{cursor:pointer}details details{margin-left:1rem}"""
+pre{background:#8882;padding:.6rem;margin:.2rem 0;white-space:pre-wrap}summary{cursor:pointer}
+details{border-bottom:1px solid #8888;padding:.3rem 0}details details{margin-left:1rem}"""
 
 
 def clean(text: str) -> str:
@@ -463,7 +463,7 @@ def tree_svg(tree: Any, name: str, span: tuple[float, float]) -> str:
         fill = "Canvas" if node.score is None else colour(node.score, span)
         dots += (f'<a href="#{name}-{node.id}"><circle cx="{x}" cy="{y}" r="8" fill="{fill}"/>'
                  f'<text x="{x + 14}" y="{y + 5}">#{node.id} · {fate(tree, node)}</text></a>')
-    return (f'<svg width="{14 * max(map(len, paths)) + 200}" height="{26 * len(row)}" role="img" aria-label="tree">'
+    return (f'<svg width="{14 * max(map(len, paths)) + 230}" height="{26 * len(row)}" role="img" aria-label="tree">'
             f'<path d="{edges[0]}"/><path class="way" d="{edges[1]}"/>{dots}</svg>')
 
 
@@ -491,7 +491,7 @@ def chart_svg(runs: dict[str, Any], span: tuple[float, float]) -> str:
             if node.score is not None:
                 dots += f'<circle cx="{x}" cy="{y(node.score)}" r="3"/>'
         out += f'<a class="run c{k % 5}" href="#t{k}"><path d="{line}"/>{dots}</a>'
-    return f'<svg viewBox="0 0 360 220" style="max-width:40rem" role="img" aria-label="runs">{out}</svg>'
+    return f'<svg viewBox="0 0 360 220" style="max-width:34rem" role="img" aria-label="runs">{out}</svg>'
 
 
 def diff(old: str, new: str) -> str:

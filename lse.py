@@ -26,6 +26,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,11 +35,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import get_session
+from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import hf_raise_for_status
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -58,6 +61,28 @@ class Sample:
     ids: Tensor | None  # (T,) on the CPU; None for a remote model
     prompt_ids: Tensor | None  # (P,)
     truncated: bool  # no EOS within max_new_tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for what will be sampled.
+
+    A DynamicLayer copies all it holds at every new token: behind a long prompt, half of the time to sample. This one
+    is copied once, from `layer`, whose row `owner[i]` becomes row i.
+    """
+
+    def __init__(self, layer: DynamicLayer, owner: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.stores = [F.pad(old[owner], (0, 0, 0, room)) for old in (layer.keys, layer.values)]  # (rows, heads, L, d)
+        self.keys, self.values = (store[:, :, : layer.keys.shape[2]] for store in self.stores)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for store, new in zip(self.stores, (key_states, value_states)):
+            store[:, :, start:end] = new
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        return self.keys, self.values
 
 
 class LocalModel:
@@ -166,8 +191,8 @@ class LocalModel:
         """One batch. What is common is prefilled once: the prefix of all rows, then the rest of every distinct prompt.
 
         Layout of a row: prefix, rest, padding, last prompt token. Padding that follows needs no mask while prefilling;
-        later the mask hides it, and positions count real tokens only. The last token is left to `generate`, which must
-        start from one.
+        later the mask hides it, and positions count real tokens only (behind a sliding window, padding counts as well).
+        The last token is left to `generate`, which must start from one.
         """
         model, device = self.model, self.model.device
         distinct = sorted(set(rows))
@@ -194,8 +219,11 @@ class LocalModel:
                 cache.batch_select_indices(torch.zeros_like(lengths))
             if rest.shape[1]:
                 model(rest, past_key_values=cache, logits_to_keep=1)
-            if prefix + rest.shape[1]:
-                cache.batch_select_indices(owner)
+            for i, layer in enumerate(cache.layers if prefix + rest.shape[1] else []):
+                if type(layer) is DynamicLayer:
+                    cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
+                else:  # a sliding window, say: it stays small by itself
+                    layer.batch_select_indices(owner)
             out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
         finally:
             model.generation_config = config
@@ -231,12 +259,13 @@ class RemoteModel:
 
     def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *, timeout: float = 600.0,
                  concurrency: int = 16, retries: int = 5, backoff: float = 1.0, extra: dict | None = None) -> None:
-        # Never this machine's Hugging Face token, which huggingface_hub's own client would send to any server.
+        # "no-key", because without any key InferenceClient would send this machine's Hugging Face token to the server.
         key = (api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key").strip()
         # The HTTP library would refuse such a key, and quote it; a URL with an @ holds a password.
         if not re.fullmatch("[!-~]+", key) or not re.fullmatch(r"https?://[^\s@]+", base_url):
             raise ValueError("the URL looks like http://host:8000/v1, and the key is one ASCII word in LSE_API_KEY")
         self.base_url = base_url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
+        self._client = InferenceClient(base_url=self.base_url, api_key=key, timeout=timeout)
         self._key, self.timeout, self.concurrency = key, timeout, concurrency
         self.retries, self.backoff, self.extra = retries, backoff, extra or {}
         self.calls = self.prompt_tokens = self.completion_tokens = 0
@@ -265,16 +294,16 @@ class RemoteModel:
             sent = {name: value for name, value in body.items() if name not in self._refused and value is not None}
             if "max_tokens" in self._refused:  # the name that OpenAI's reasoning models insist on
                 sent["max_completion_tokens"] = body["max_tokens"]
-            status, after, said = 0, "", ""
             try:
-                reply = get_session().request("POST" if body else "GET", url, json=sent or None, timeout=self.timeout,
-                                              headers={"Authorization": f"Bearer {self._key}"})
-                status, after, said = reply.status_code, reply.headers.get("retry-after", ""), reply.text
-                said = str(content := reply.json())  # without JSON's escapes, in which the key might hide
-                if status < 400:
-                    return self._read(content) if body else content["data"][0]["id"]
+                return self._complete(sent) if body else self._first_model()
             except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last four: odd JSON
-                said = f"{error or type(error).__name__} {said}"
+                # huggingface_hub stumbles over an error body that is no JSON object: the response is one level down
+                response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
+                status, after, said = 0, "", f"{error or type(error).__name__} {getattr(error, 'doc', '')}"
+                if response is not None:
+                    status, after = response.status_code, response.headers.get("retry-after", "")
+                    with suppress(ValueError):  # str(json): without JSON's escapes, in which the key might hide
+                        said = str(response.json())
             message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
             named = [name for name in ("max_tokens", "temperature", "top_p", "top_k") if name in sent and name in said]
             if named and status == 400:
@@ -288,8 +317,12 @@ class RemoteModel:
         raise ConnectionError(f"{url} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: see that "
                               "the server is up, check URL, model name, settings, and the key in LSE_API_KEY")
 
-    def _read(self, reply: dict[str, Any]) -> Sample:
-        """The answer in a reply, counted. Without content (still reasoning at the limit, or filtered) it is empty."""
+    def _complete(self, body: dict[str, Any]) -> Sample:
+        """One request, counted. Without content (still reasoning at the limit, or filtered) the answer is empty."""
+        rest = {name: value for name, value in body.items() if name not in ("messages", "model")}
+        reply = self._client.chat_completion(body["messages"], model=body["model"], extra_body=rest)
+        if not reply.get("choices"):
+            raise ValueError(f"a reply without choices: {dict(reply)}")
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
         with self._lock:
@@ -297,6 +330,12 @@ class RemoteModel:
             self.prompt_tokens += usage.get("prompt_tokens") or 0
             self.completion_tokens += usage.get("completion_tokens") or 0
         return Sample(text.encode("utf-8", "replace").decode(), None, None, cut)  # lone surrogates cannot be saved
+
+    def _first_model(self) -> str:
+        headers = {"Authorization": f"Bearer {self._key}"}
+        reply = get_session().get(f"{self.base_url}/models", headers=headers, timeout=self.timeout)
+        hf_raise_for_status(reply)
+        return reply.json()["data"][0]["id"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lse import LocalModel, group_logprobs
 
@@ -124,6 +131,39 @@ def test_what_is_shared_is_computed_once(n, chats, monkeypatch):
     local.sample(batch, n=n, max_new_tokens=new)
     # 101 shared tokens once (<user> and the prefix), up to 3 own ones once per prompt, then one per row and step
     assert sum(seen) <= 101 + 3 * chats + n * chats * new
+
+
+@pytest.mark.parametrize("chats", [ragged_chats(), ragged_chats()[:1]], ids=["ragged", "one"])
+def test_the_cache_is_not_copied_at_every_token(chats, monkeypatch):
+    model, storages = tiny_model(eos_token_id=None), []
+    generate = model.generate
+
+    def watched(ids, **options):
+        layers = options["past_key_values"].layers
+        storages.append([layer.keys.untyped_storage().data_ptr() for layer in layers])
+        out = generate(ids, **options)
+        storages.append([layer.keys.untyped_storage().data_ptr() for layer in layers])
+        assert [layer.keys.shape[2] for layer in layers] == [out.shape[1] - 1] * 2  # the last token needs no keys
+        return out
+
+    monkeypatch.setattr(model, "generate", watched)
+    LocalModel(model, tiny_tokenizer()).sample(chats, n=2, max_new_tokens=9)
+    assert len(storages) == 2 and storages[0] == storages[1]
+
+
+def test_a_sliding_window_is_sampled_right():
+    """Its layers keep only the window. One prompt length: padding would count as tokens of the window."""
+    model = tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1).double()
+    local, chats = (
+        LocalModel(model, tiny_tokenizer()),
+        [user(" ".join(f"w{i + j}" for j in range(12))) for i in range(3)],
+    )
+    assert {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} == {
+        "DynamicLayer",
+        "DynamicSlidingWindowLayer",
+    }
+    for chat, (sample,) in zip(chats, local.sample(chats, temperature=0, max_new_tokens=6)):
+        assert sample.ids.tolist() == naive_greedy(model, local.encode(chat), 6)
 
 
 def test_greedy_answers_equal_chats_once(monkeypatch):
