@@ -247,8 +247,8 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 def failures(summary: list[Answer], most: int = 6) -> str:
     """Up to six wrong answers for TextGrad's critic, those with different feedback first; long fields are cut short."""
     wrong = [a for a in summary if not a.correct]
-    first = list({a.feedback: a for a in reversed(wrong)}.values())[::-1]
-    chosen = (first + [a for a in wrong if a not in first])[:most]
+    first = {a.feedback: a for a in reversed(wrong)}
+    chosen = sorted(wrong, key=lambda a: first[a.feedback] is not a)[:most]
     parts = ((a.question, f"answer: {a.answer}", f"expected: {a.gold}", a.feedback) for a in chosen)
     return "\n\n".join("\n".join(cut(text, 1500) for text in fields) for fields in parts) or "(none)"
 
