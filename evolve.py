@@ -89,7 +89,7 @@ def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote:
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
     values = PRESETS[kind] | presets[kind]
     s = replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
-    low = [f"--{name} {value}" for name, value in asdict(s).items() if isinstance(value, (int, float)) and
+    low = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(s).items() if isinstance(value, (int, float)) and
            value < (name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds"))]
     if low or not 0 < s.top_p <= 1:
         raise ValueError(f"{', '.join(low) or f'--top-p {s.top_p}'} cannot be: too small, or a share beyond 1.")
@@ -588,7 +588,7 @@ def open_run(s, out: Path, free: Collection[str], look: bool = False) -> None:
     """
     file, settings = out / "config.json", asdict(s)
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    changed = [f"--{name} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
+    changed = [f"--{name.replace('_', '-')} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
                if name not in {*free, "resume", "overwrite"} and old.get(name) != value]
     for is_so, what in (
             (old and not old.keys() >= settings.keys() - {*free}, "is no run of this script: name another --out"),

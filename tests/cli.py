@@ -26,7 +26,8 @@ def in_child(args: list[str], folder: str, env: dict[str, str], rename: int) -> 
         os.dup2(log, stream)
     os.chdir(folder)
     os.environ.update(env)
-    huggingface_hub.constants.HF_HUB_OFFLINE = False  # else not even this machine's own servers could be reached
+    # Offline, huggingface_hub would not even reach this machine's own servers.
+    huggingface_hub.constants.HF_HUB_OFFLINE = env.get("HF_HUB_OFFLINE") == "1"
     replace, renames = os.replace, iter(range(1, 10**6))
 
     def replace_or_die(*paths: str) -> None:
