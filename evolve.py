@@ -24,7 +24,6 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Collection
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
@@ -89,10 +88,10 @@ def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote:
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
     values = PRESETS[kind] | presets[kind]
     s = replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
-    low = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(s).items() if isinstance(value, (int, float)) and
-           value < (name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds"))]
-    if low or not 0 < s.top_p <= 1:
-        raise ValueError(f"{', '.join(low) or f'--top-p {s.top_p}'} cannot be: too small, or a share beyond 1.")
+    for name, value in asdict(s).items():
+        least = name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")  # 1, else 0
+        if isinstance(value, (int, float)) and (value < least or name == "top_p" and not 0 < value <= 1):
+            raise ValueError(f"--{name.replace('_', '-')} cannot be {value}.")
     return s
 
 
@@ -109,9 +108,8 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        dtype = torch.bfloat16 if device != "cpu" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-        return LocalModel(model, tokenizer, max_batch_tokens)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        return LocalModel(model.to(device), tokenizer, max_batch_tokens)
     except Exception as error:  # half a download, no chat template, ...: every library has errors of its own
         why = (str(error) or repr(error)).strip().splitlines()[0]
         raise SystemExit(f"No model can be loaded from {name} (`python train.py` makes runs/...): {why}") from None
@@ -130,20 +128,18 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
     replacement, so a pool of one problem would do; but k different ones are what an editor should see.
     ValueError with the numbers where there are too few.
     """
-    domain = problems[0].domain if problems else "this domain"
+    domain, h, t = problems[0].domain if problems else "this domain", s.holdout, s.test
     if problems and all(p.split for p in problems):  # then --holdout and --test can only make a split smaller
-        parts = {name: [p for p in problems if p.split == name] for name in ("pool", "holdout", "test")}
-        parts |= {"holdout": parts["holdout"][: s.holdout], "test": parts["test"][: s.test]}
-        if not parts["pool"] or not parts["holdout"] or len(parts["test"]) < min(1, s.test):
+        pool, holdout, test = ([p for p in problems if p.split == name] for name in ("pool", "holdout", "test"))
+        if not pool or not holdout or (t and not test):
             raise ValueError(f"The problems of {domain} name their splits, and one of pool, holdout, test is empty.")
-        return parts
+        return {"pool": pool, "holdout": holdout[:h], "test": test[:t]}
     distinct = list({(p.question, p.evidence, p.choices, p.gold): p for p in reversed(problems)}.values())[::-1]
-    if len(distinct) < s.k + s.holdout + s.test:
-        raise ValueError(f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = {s.k} + {s.holdout}"
-                         f" + {s.test}: choose smaller --k, --holdout or --test, or other --domains.")
+    if len(distinct) < s.k + h + t:
+        raise ValueError(f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = {s.k} + {h} + {t}: "
+                         "choose smaller --k, --holdout or --test, or other --domains.")
     shuffled = random.Random(f"{s.seed}/{domain}").sample(distinct, len(distinct))
-    held, tested = s.holdout, s.holdout + s.test
-    return {"holdout": shuffled[:held], "test": shuffled[held:tested], "pool": shuffled[tested:]}
+    return {"pool": shuffled[h + t :], "holdout": shuffled[:h], "test": shuffled[h : h + t]}
 
 
 def draw_batch(pool: list[Problem], s: Settings, domain: str, round_: int) -> list[Problem]:
@@ -160,8 +156,8 @@ def solve_all(task, solver, jobs: list[tuple[str, list[Problem]]], samples: int 
     drawn = solver.sample([task.solve_chat(i, problem) for i, problem in asked], n=samples, **sampling)
     pairs = [(problem, sample) for (_, problem), row in zip(asked, drawn) for sample in row]
     texts = [(problem, sample.text) for problem, sample in pairs]
-    many = getattr(task, "grade_many", None)  # a task may grade side by side on all cores
-    grades = many(texts) if many else [task.grade(problem, text) for problem, text in texts]
+    # A task may grade side by side on all cores.
+    grades = task.grade_many(texts) if hasattr(task, "grade_many") else [task.grade(*pair) for pair in texts]
     answers = iter([Answer(p.id, p.question, s.text, g.answer, p.gold, g.correct, g.feedback, s.truncated)
                     for (p, s), g in zip(pairs, grades)])
     return [[next(answers) for _ in range(len(problems) * samples)] for _, problems in jobs]
@@ -570,9 +566,9 @@ class Config(Settings):
     search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
     method: Literal["lse", "textgrad", "gepa", "reflexion"] = option("lse", "lse, or a baseline in the same loop")
     domains: str = option("", "domains by name, separated by commas, or how many of the test domains; empty: all")
-    compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as one table")
+    compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as a table")
     seeds: int = option(3, "seeds of --compare")
-    paper_protocol: bool = option(False, "the paper's values: holdout 50 x 8, T = 25, k = 10, no test split")
+    paper_protocol: bool = option(False, "the paper's values where you give none: holdout 50 x 8, T = 25, k = 10, no test")
     max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
     out: str = option("", "the run's folder; empty: runs/<task>-evolve")
     resume: bool = option(False, "go on where the trees in --out stand")
@@ -580,7 +576,7 @@ class Config(Settings):
     dry_run: bool = option(False, "check everything that can be checked, print the plan and its cost, and stop")
 
 
-def open_run(s, out: Path, free: Collection[str], look: bool = False) -> None:
+def open_run(s, out: Path, free: list[str], look: bool = False) -> None:
     """Make the run's folder, or find it as these settings left it. SystemExit in one sentence where that cannot be.
 
     `free` names the settings that may differ when a run is resumed. `look` only finds out. A folder is deleted only if
@@ -590,14 +586,13 @@ def open_run(s, out: Path, free: Collection[str], look: bool = False) -> None:
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     changed = [f"--{name.replace('_', '-')} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
                if name not in {*free, "resume", "overwrite"} and old.get(name) != value]
-    for is_so, what in (
-            (old and not old.keys() >= settings.keys() - {*free}, "is no run of this script: name another --out"),
-            (old and not s.resume and not s.overwrite,
-             "holds a run: go on with it by --resume, delete it by --overwrite, or name another --out"),
-            (s.resume and not old, "holds no run to resume: leave --resume out to start one"),
-            (s.resume and changed, f"was run otherwise ({'; '.join(changed)}): give the same, or another --out")):
-        if is_so:
-            raise SystemExit(f"{out} {what}.")
+    fault = ("is no run of this script: name another --out" if old and not old.keys() >= settings.keys() - {*free} else
+             "holds a run: continue it by --resume, delete it by --overwrite, or name another --out"
+             if old and not s.resume and not s.overwrite else
+             "holds no run to resume: leave --resume out to start one" if s.resume and not old else
+             f"was run otherwise ({'; '.join(changed)}): give the same or another --out" if s.resume and changed else 0)
+    if fault:
+        raise SystemExit(f"{out} {fault}.")
     if look:
         return
     try:
@@ -615,15 +610,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(path.with_name(path.name + ".tmp"), path)
 
 
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
-
-
 def load_models(s: Config) -> list[LocalModel | RemoteModel]:
     """Solver and editor. One checkpoint in both roles is loaded once, behind two counters."""
     models, names = [], [s.solver or f"runs/{s.task}/base", s.editor or f"runs/{s.task}/editor"]
     for name, served in zip(names, (s.solver_model, s.editor_model)):
-        if is_url(name):
+        if "://" in name:
             try:  # is anybody there? A server that is, but lists no models, will do if it need not choose one
                 first = RemoteModel(name, timeout=20, retries=1).model
             except ConnectionError as error:
@@ -637,13 +628,12 @@ def load_models(s: Config) -> list[LocalModel | RemoteModel]:
 
 def pick_domains(task, wanted: str) -> list[str]:
     """All test domains, the first n of them, or those named. A name may itself be a number or hold a comma."""
-    known = task.domains("all")
-    names = ([wanted] if wanted in known else
-             task.domains("test")[: int(wanted or 0) or None] if (wanted or "0").isdecimal() else
-             list(dict.fromkeys(name.strip() for name in wanted.split(","))))
-    missing = [name for name in names if name not in known]
-    if missing or not names:
-        raise SystemExit(f"No domain {', '.join(missing)} in {task.name}; there are: {', '.join(known)[:2000]}.")
+    known, count = task.domains("all"), (wanted or "0").isdecimal()
+    named = [wanted] if wanted in known else list(dict.fromkeys(name.strip() for name in wanted.split(",")))
+    names = task.domains("test")[: int(wanted or 0) or None] if count and wanted not in known else named
+    if not names or not {*names} <= {*known}:
+        missing = ", ".join(name for name in names if name not in known)
+        raise SystemExit(f"No domain {missing} in {task.name}; there are: {', '.join(known)[:2000]}.")
     return names
 
 
@@ -653,29 +643,30 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     Everything that can be checked without asking a model is checked by now, the last of it here: the grader, the
     longest prompts, room on the disk. So nothing fails after hours that could have failed at once. ValueError says how.
     """
-    problems = [problem for parts in splits.values() for part in parts.values() for problem in part]
-    longest = max(problems, key=lambda problem: len(str(task.solve_chat("", problem))))
+    longest = max((problem for parts in splits.values() for part in parts.values() for problem in part),
+                  key=lambda problem: len(str(task.solve_chat("", problem))))
     task.grade(longest, "")
     seen = [Answer(longest.id, longest.question, longest.gold, longest.gold, longest.gold, False)] * s.k
-    seed, tries = task.seed_instructions, s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1
-    held, tested = (sum(len(parts[name]) for parts in splits.values()) * s.samples for name in ("holdout", "test"))
-    edits = tries * len(splits) * s.rounds * (1 + (s.method == "textgrad"))  # TextGrad asks twice, GEPA solves twice
-    answers = tries * (held * (1 + s.rounds) + 2 * tested + len(splits) * s.rounds * s.k * (1 + (s.method == "gepa")))
-    size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens) / 1e6
-    free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free / 1e6
-    if free < size:
-        raise ValueError(f"{out} may grow to {size:,.0f} MB, and its disk has {free:,.0f} MB free: make room.")
+    rows, trees = (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1), len(splits)
+    held, tested = (s.samples * sum(len(parts[name]) for parts in splits.values()) for name in ("holdout", "test"))
+    # TextGrad asks twice for an edit, and GEPA answers each batch twice.
+    answers = rows * (held * (1 + s.rounds) + 2 * tested + s.rounds * trees * s.k * (1 + (s.method == "gepa")))
+    edits = rows * trees * s.rounds * (1 + (s.method == "textgrad"))
     lines = [f"{d}: {', '.join(f'{len(part)} {name}' for name, part in parts.items())}" for d, parts in splits.items()]
     for role, model, calls, chat in (
-            ("solver", solver, answers, task.solve_chat(seed, longest)),
-            ("editor", editor, edits, edit_chat(task, editor, seed, seen, s.max_prompt_tokens)[0])):
+            ("solver", solver, answers, task.solve_chat(task.seed_instructions, longest)),
+            ("editor", editor, edits, edit_chat(task, editor, task.seed_instructions, seen, s.max_prompt_tokens)[0])):
         prompt, new = count_tokens(model, chat), getattr(s, f"{role}_tokens")
         if 0 < context(model) < prompt + s.editor_tokens + new:  # instructions may become as long as an edit
             raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt}, {new} to "
                              f"write (--{role}-tokens) and new instructions of {s.editor_tokens} (--editor-tokens).")
         lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
                      f"{calls * prompt:,} tokens to read and {calls * new:,} to write")
-    return "\n  ".join(["Plan", *lines, f"{s.rounds} rounds in {out}: up to {size:,.0f} MB, {free:,.0f} MB are free"])
+    size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)
+    free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
+    if free < size:
+        raise ValueError(f"{out} may grow to {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
+    return "\n  ".join(["Plan", *lines, f"{s.rounds} rounds: up to {size / 1e6:,.0f} MB in {out}"])
 
 
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
@@ -711,34 +702,29 @@ def tree_name(domain: str) -> str:
 def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
     """{untrained, trained} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
-    A row is saved when it is done, and not done again by --resume. The report shows the first domain and seed.
+    The untrained editor is the solver itself. The report shows the first domain under the last seed.
     """
-    file, runs = out / "compare.md", {}
     head = "| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |"
-    table = file.read_text(encoding="utf-8").splitlines() if s.resume and file.exists() else [head, "|---" * 6 + "|"]
+    table, runs = [head, "|---" * 6 + "|"], {}
     print("\n".join(table), flush=True)
-    rows = [(label, model, method, search_rule(task, method, search)) for label, model in
-            (("untrained", copy(solver)), ("trained", editor))  # a copy counts for itself
-            for method, search in [("lse", "chain"), ("lse", "best"), *((m, "ucb") for m in methods(task))]]
-    for i, (label, model, method, search) in enumerate(rows):
-        name, calls, means = f"{label} | {method} ({search})", solver.calls, {d: [] for d in domains}
-        sample = out / "trees" / f"{tree_name(f'{domains[0]} {label} {method} {search}')}.json"
-        if i + 2 == len(table):
+    for label, model in (("untrained", copy(solver)), ("trained", editor)):  # a copy counts for itself
+        for method, search in [("lse", "chain"), ("lse", "best"), *((method, "ucb") for method in methods(task))]:
+            name = f"{label} | {method} ({search_rule(task, method, search)})"
+            calls, means = solver.calls, {d: [] for d in domains}  # per seed: holdout best, test, test of the seed
             for seed in range(s.seed, s.seed + s.seeds):
                 own = replace(s, seed=seed)
                 trees = plant(task, domains, solver, own)
                 evolve_all(task, trees, solver, model, own, search, method, progress=f"{name}, seed {seed}")
-                trees[domains[0]].save(sample)
                 tested = final_test(task, trees, solver, own) if s.test else dict.fromkeys(trees, ())
                 for d, tree in trees.items():
                     means[d].append((tree.best().score, *(fmean(scores) for scores in tested[d][::-1])))
-            columns = zip(*[[fmean(column) for column in zip(*seeds)] for seeds in means.values()])
+            runs[name] = trees[domains[0]]
+            columns = zip(*([fmean(column) for column in zip(*seeds)] for seeds in means.values()))
             cells = ["{:.3f} ± {:.3f}".format(*mean_error(column)) for column in columns] + ["–", "–"]
             table.append(f"| {name} | {' | '.join(cells[:3])} | {(solver.calls - calls) // s.seeds:,} |")
             print(table[-1], flush=True)
-            write_text(file, "\n".join(table) + "\n")
-        runs[name] = EvolutionTree.load(sample)
-    write_report(out / "report.html", runs, f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}")
+            write_text(out / "compare.md", "\n".join(table) + "\n")
+            write_report(out / "report.html", runs, f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}")
     print(f"Saved in {out}: compare.md, report.html.")
 
 
@@ -751,18 +737,18 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
         means = {d: [fmean(scores) for scores in pair] for d, pair in pairs.items()}  # domain -> [before, after]
         over, of = (means.values(), "domains") if len(means) > 1 else (zip(*[*pairs.values()][0]), "problems")
         (gain, error), (before, after) = mean_error([b - a for a, b in over]), map(fmean, zip(*means.values()))
-        results[part] = {"seed": before, "best": after, "gain": gain, "stderr": None if math.isnan(error) else error,
-                         "domains": means}
+        stderr = None if math.isnan(error) else error
+        results[part] = {"seed": before, "best": after, "gain": gain, "stderr": stderr, "domains": means}
         remark = "optimistic: the search chose by it" if part == "holdout" else "never touched before"
         text += (f"{part.capitalize()} ({remark}): {before:.3f} -> {after:.3f}, "
                  f"gain {gain:+.3f} ± {error:.3f} (paired, over {of})\n")
     results["cost"] = {role: {"answers": m.calls, "tokens read": m.prompt_tokens, "tokens written": m.completion_tokens}
                        for role, m in (("solver", solver), ("editor", editor))}
     write_text(out / "results.json", json.dumps(results, indent=1))
-    write_report(out / "report.html", dict(list(trees.items())[:20]), f"{s.task}: {s.method}")
-    for d, tree in list(trees.items())[: 3 if len(trees) <= 3 else 1]:
-        best = clean(tree.best().instructions) or "(empty)"
-        print(f"\n{clean(d)} (* leads to the best node)\n{tree_text(tree)}\nBest instructions:\n{best}\n")
+    write_report(out / "report.html", dict([*trees.items()][:20]), f"{s.task}: {s.method}")
+    for d, tree in [*trees.items()][: 3 if len(trees) <= 3 else 1]:
+        print(f"\n{clean(d)} (* leads to the best node)\n{tree_text(tree)}\nBest instructions:\n"
+              f"{clean(tree.best().instructions) or '(empty)'}\n")
     print(f"{text}Cost{' since --resume' * s.resume}: {json.dumps(results['cost'])[1:-1]}\n"
           f"Saved in {out}: trees/, results.json, report.html.")
 
@@ -770,7 +756,7 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
     presets = dict.fromkeys(PRESETS, PRESETS["paper"] | {"test": 0}) if s.paper_protocol else PRESETS
-    s = with_presets(s, presets, remote=is_url(s.solver) and is_url(s.editor))
+    s = with_presets(s, presets, remote="://" in s.solver and "://" in s.editor)
     task, out = load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}-evolve")
     splits = {d: split_problems(task.problems(d), s) for d in pick_domains(task, s.domains)}
     rule = search_rule(task, s.method, s.search)
@@ -778,11 +764,9 @@ def main(s: Config) -> None:
     print(plan(task, splits, solver, editor, s, out), flush=True)
     open_run(s, out, free=["rounds", "dry_run"], look=s.dry_run)
     if s.dry_run:
-        print("A dry run: no model was asked, nothing was written.")
-        return
+        return print("A dry run: no model was asked, nothing was written.")
     if s.compare:
-        compare(task, list(splits), solver, editor, s, out)
-        return
+        return compare(task, list(splits), solver, editor, s, out)
 
     def save(trees: dict[str, EvolutionTree]) -> None:
         for d, tree in trees.items():
@@ -797,8 +781,8 @@ def main(s: Config) -> None:
 
 def command_line(config: type, doc: str):
     """The config that the command line asks for. Unknown flags are errors, and so is what breaks a rule of the data."""
-    parser = HfArgumentParser(config, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return config(**vars(parser.parse_args()))
+    layout = argparse.RawDescriptionHelpFormatter
+    return config(**vars(HfArgumentParser(config, description=doc, formatter_class=layout).parse_args()))
 
 
 if __name__ == "__main__":

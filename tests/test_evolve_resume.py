@@ -20,7 +20,7 @@ ROUNDS = 16
 
 @pytest.fixture
 def scene(tmp_path: Path):
-    """(a server that kills or interrupts `server.victim` = (pid, signal, n) at the n-th request from then, arguments)"""
+    """(a server, arguments); at its n-th request from then the server signals `server.victim` = (pid, signal, n)"""
     script = scripted(GOLD)
 
     def reply(messages: list, body: dict) -> str:
@@ -91,7 +91,7 @@ def test_more_rounds_go_on_and_other_settings_are_refused(scene, tmp_path: Path)
         assert start(scene, tmp_path / folder, "--rounds", rounds)[0] == 0
     before = end_state(tmp_path / "twice")
     code, output = start(scene, tmp_path / "twice", "--rounds", 4)
-    assert code != 0 and "run holds a run: go on with it by --resume, delete it by --overwrite" in output
+    assert code != 0 and "run holds a run: continue it by --resume, delete it by --overwrite" in output
     code, output = start(scene, tmp_path / "twice", "--rounds", 4, "--resume", "--seed", 1, "--search", "best")
     assert code != 0 and "--seed was 0, is now 1; --search was 'ucb', is now 'best'" in output
     assert "Traceback" not in output and end_state(tmp_path / "twice") == before
