@@ -568,7 +568,7 @@ class Config(Settings):
     domains: str = option("", "domains by name, separated by commas, or how many of the test domains; empty: all")
     compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as a table")
     seeds: int = option(3, "seeds of --compare")
-    paper_protocol: bool = option(False, "the paper's values where you give none: holdout 50 x 8, T = 25, k = 10, no test")
+    paper_protocol: bool = option(False, "the paper's values where you give none: holdout 50 x 8, T = 25, k = 10")
     max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
     out: str = option("", "the run's folder; empty: runs/<task>-evolve")
     resume: bool = option(False, "go on where the trees in --out stand")

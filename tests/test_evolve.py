@@ -73,8 +73,8 @@ class Scribe:
 
 def skilled(text: str) -> str:
     """The toy's solver."""
-    skill, question = int(re.search(r"skill (\d+)", text)[1]), int(re.search(r"question (\d+)", text)[1])
-    return str(question) if question < skill else "?"
+    skill, questions = max(map(int, re.findall(r"skill (\d+)", text))), re.findall(r"question (\d+)", text)
+    return questions[0] if questions and int(questions[0]) < skill else "?"
 
 
 def editor_of(*skills: int | None) -> Scribe:
@@ -389,15 +389,17 @@ def test_local_sampling_repeats_itself_at_every_step() -> None:
             drawn.append(torch.rand(()).item())
             return super().sample(chats, n, **options)
 
-    for _ in range(2):
-        torch.rand(3)
+    for rounds in ((2,), (1, 2)):
+        torch.rand(3 * len(rounds))
         solver = Gambler(skilled)
         trees = evolve.plant(task, ["a"], solver, s)
-        evolve.evolve_all(task, trees, solver, editor_of(9, 9), s)
-        torch.rand(5)
+        for stop in rounds:
+            torch.rand(5 * len(rounds))
+            evolve.evolve_all(task, trees, solver, editor_of(9, 9), replace(s, rounds=stop))
+        torch.rand(7 * len(rounds))
         evolve.final_test(task, trees, solver, s)
-    half = len(drawn) // 2
-    assert drawn[:half] == drawn[half:] and len({drawn[0], drawn[1], drawn[3], drawn[half - 1]}) == 4
+    once, again = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    assert once == again and len(set(once)) == len(once) == 1 + 2 * 2 + 1
 
 
 def test_methods_and_rules_that_do_not_exist_are_named() -> None:
@@ -475,6 +477,7 @@ def test_picking_domains() -> None:
 def test_different_domains_have_different_file_names(names: list[str]) -> None:
     one, other = map(evolve.tree_name, names)
     assert one != other and not set("/\\:*?\"<>|\0") & set(one)
+    assert evolve.tree_name("/") != evolve.tree_name("\x02f")
 
 
 def test_trees_that_are_a_round_ahead_are_cut_back(tmp_path: Path) -> None:
@@ -588,6 +591,23 @@ def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, ca
     evolve.main(replace(s, test=0, seeds=1, out="paper"))
     assert all(" | – | – | " in row for row in Path("paper/compare.md").read_text().splitlines()[2:])
     capsys.readouterr()
+
+
+def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The toy's solver writes no edits; the trained editor always knows what is best."""
+    best, seeds = "Answer with skill 20.", []
+    always = Scribe(lambda _: "".join(f"<{tag}>{best}</{tag}>" for tag in ("prompt", "lesson", "IMPROVED_VARIABLE")))
+    monkeypatch.setattr(evolve, "plant", lambda *args, plant=evolve.plant: seeds.append(args[-1].seed) or plant(*args))
+    s = Config(**asdict(settings(rounds=2, seed=5)), seeds=2)
+    evolve.compare(Toy(a=20, b=20), ["a", "b"], Scribe(skilled), always, s, tmp_path)
+    rows = (tmp_path / "compare.md").read_text().splitlines()[2:]
+    nothing, everything = (f"| {x:.3f} ± 0.000 | {x:.3f} ± 0.000 | 0.000 ± 0.000" for x in (0, 1))
+    methods = ["lse (chain)", "lse (best)", "lse (ucb)", "gepa (pareto)", "textgrad (chain)", "reflexion (chain)"]
+    once = 2 * (6 + 2 * 3 + 6)  # two domains: the seed's score, two batches, the seed's test
+    calls = {"gepa (pareto)": 2 * (3 + 6 + 3)}  # better at once, and then its gate: no better, so no score
+    assert rows == [f"| untrained | {method} {nothing} | {once} |" for method in methods] + [
+        f"| trained | {method} {everything} | {once + 2 * 6 + calls.get(method, 2 * 2 * 6)} |" for method in methods]
+    assert seeds == [5, 6] * 12 and capsys.readouterr().out.splitlines()[2:-1] == rows
 
 
 def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch) -> None:
