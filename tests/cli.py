@@ -51,7 +51,7 @@ class Command:
         self.folder = folder
         fork = multiprocessing.get_context("forkserver")
         os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the preloading
-        fork.set_forkserver_preload(["evolve", "cli"])
+        fork.set_forkserver_preload(["evolve", "cli", "pytest"])  # pytest: what the children's parent runs
         self.process = fork.Process(target=in_child, args=([*map(str, args)], str(folder), dict(env), rename))
         self.process.start()
 

@@ -648,7 +648,7 @@ EDITORS = ("solver", "good-editor", "bad-editor", "ruin-editor", "mute-editor", 
 
 @pytest.fixture(scope="module")
 def bird(tmp_path_factory) -> Path:
-    """Two small databases in BIRD's layout."""
+    """Two small databases in BIRD's layout, and the same questions as a JSONL file: no SQL is run for that one."""
     folder, questions = tmp_path_factory.mktemp("bird"), []
     for db in ("shop", "zoo"):
         (folder / "dev_databases" / db).mkdir(parents=True)
@@ -659,6 +659,8 @@ def bird(tmp_path_factory) -> Path:
         questions += [{"db_id": db, "question": f"What does item {i} of the {db} cost?", "evidence": "cost is price",
                        "SQL": f"SELECT price FROM item WHERE id = {i}"} for i in range(20)]
     (folder / "dev.json").write_text(json.dumps(questions))
+    own = [{"question": q["question"], "answer": q["SQL"], "domain": q["db_id"]} for q in questions]
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, own)))
     return folder
 
 
@@ -669,9 +671,10 @@ def scene(bird: Path):
         yield server
 
 
-def evolve_bird(bird: Path, url: str, folder: Path, editor: str, *more: object) -> tuple[dict, dict, str]:
-    """(results, trees, output) of one run on both databases."""
-    code, output = cli.run(["--task", "bird", "--data", bird, "--domains", "shop,zoo", "--solver", url, "--editor", url,
+def evolved(data: Path, url: str, folder: Path, editor: str, *more: object) -> tuple[dict, dict, str]:
+    """(results, trees, output) of one run on both domains."""
+    task = "jsonl" if data.suffix else "bird"
+    code, output = cli.run(["--task", task, "--data", data, "--domains", "shop,zoo", "--solver", url, "--editor", url,
                             "--editor-model", editor, "--out", "run", *FEW, *more], folder)
     assert code == 0 and "Traceback" not in output, output
     trees = {file.stem: EvolutionTree.load(file) for file in (folder / "run" / "trees").iterdir()}
@@ -683,7 +686,7 @@ def evolve_bird(bird: Path, url: str, folder: Path, editor: str, *more: object) 
     ["--method", "gepa", "--k", 8, "--holdout", 4, "--test", 4], ["--method", "reflexion"]], ids=lambda more: more[1])
 def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more: list) -> None:
     asked = len(scene.requests)
-    results, trees, output = evolve_bird(bird, scene.url, tmp_path, "good-editor", *more)
+    results, trees, output = evolved(bird, scene.url, tmp_path, "good-editor", *more)
     for tree in trees.values():
         assert len(tree.nodes) == 6 and tree.best().score > tree.nodes[0].score
         assert level(tree.best().instructions) >= 1
@@ -707,8 +710,8 @@ def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more:
 
 @pytest.mark.parametrize("search", ["ucb", "best", "pareto", "chain"])
 def test_from_a_bad_edit_the_tree_steps_back(bird: Path, scene, tmp_path: Path, search: str) -> None:
-    results, trees, output = evolve_bird(bird, scene.url, tmp_path, "bad-editor", "--search", search, "--rounds", 8,
-                                         "--c", 0.1)
+    more = ["--search", search, "--rounds", 8, "--c", 0.1]
+    results, trees, _ = evolved(bird / "own.jsonl", scene.url, tmp_path, "bad-editor", *more)
     falls = [(tree, node) for tree in trees.values() for node in tree.nodes[1:]
              if level(node.instructions) < level(tree.nodes[node.parent].instructions)]
     assert falls and results["holdout"]["gain"] > 0
@@ -727,13 +730,13 @@ def test_editors_that_ruin_all_or_say_nothing_gain_exactly_nothing(bird: Path, s
     for editor in ("ruin-editor", "mute-editor"):
         (tmp_path / editor).mkdir()
         more = ["--search", "best", "--rounds", 2]
-        results, trees, output = evolve_bird(bird, scene.url, tmp_path / editor, editor, *more)
+        results, trees, output = evolved(bird / "own.jsonl", scene.url, tmp_path / editor, editor, *more)
         assert results["test"]["gain"] == results["test"]["stderr"] == 0.0 and "gain +0.000" in output
         for tree in trees.values():
             assert [node.score is None for node in tree.nodes] == [False] + [editor == "mute-editor"] * 2
     assert "invalid" in output and trees["zoo"].nodes[2].note == "nothing usable in <prompt> tags"
-    results, trees, _ = evolve_bird(bird, scene.url, tmp_path, "fickle-editor", "--rounds", 6, "--test", 0,
-                                    "--domains", "zoo")
+    more = ["--rounds", 12, "--test", 0, "--domains", "zoo"]
+    results, trees, _ = evolved(bird / "own.jsonl", scene.url, tmp_path, "fickle-editor", *more)
     assert "test" not in results and results["holdout"]["stderr"] > 0  # over the problems of the one domain
     assert {node.score is None for node in trees["zoo"].nodes[1:]} == {True, False}
 
@@ -781,8 +784,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(bird: Path, tmp_path: Path)
         return denied if body["model"] == "locked" else right(messages, body)
 
     with serve(reply, models=EDITORS) as server:
-        args = ["--task", "bird", "--data", bird, "--domains", "shop", "--solver", server.url, "--editor", server.url,
-                *FEW, "--rounds", 2]
+        args = ["--task", "jsonl", "--data", bird / "own.jsonl", "--domains", "shop", "--solver", server.url,
+                "--editor", server.url, *FEW, "--rounds", 2]
         code, output = cli.run([*args, "--out", "run"], tmp_path, {"LSE_API_KEY": SECRET})
         assert code == 0 and {request["key"] for request in server.requests} == {SECRET}
         args += ["--solver-model", "locked", "--out", "locked"]
