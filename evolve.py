@@ -7,8 +7,14 @@
                      --editor-model gpt-5             any OpenAI-compatible server, key in $LSE_API_KEY
     python evolve.py ... --dry-run                    check everything, say what it would cost, ask no model
 
+Symbols of the paper: instructions are c, a summary (graded answers to k problems) S, a score R̄(c) (eq. 4), the solver
+π_θ, the editor f_ψ; T rounds grow a tree, and a node is chosen by R̄_n + C sqrt(ln N / v_n).
+
 One round: pick a node of the tree, let the frozen solver answer k fresh problems under its instructions, show the
 graded answers to the editor, score what it writes on the holdout, attach it. No weights change here.
+
+What a run says twice: the best holdout score over the rounds, as the paper reports it, is optimistic, since the search
+chose by it; the test split, touched once at the end, is honest.
 
 Left out on purpose: parallel rounds of one tree (each edit reads the one before), early stopping, merging of branches.
 """
@@ -50,6 +56,7 @@ class Settings:
 
     task: str = option("mini", "mini, bird, mmlu or jsonl")
     data: str = option("", "folder or file with the task's data (not for mini)")
+    # What is drawn, and how often. Problems of a domain: k + holdout + test of them at least.
     seed: int = option(0, "seed of the splits, the problem batches and all sampling")
     rounds: int | None = option(None, "T, rounds of evolution per tree")
     k: int | None = option(None, "problems answered per round and shown to the editor")
@@ -57,10 +64,11 @@ class Settings:
     test: int | None = option(None, "problems kept for one honest look at the end; 0: none")
     samples: int | None = option(None, "answers per holdout problem; a score is the mean over both")
     c: float | None = option(None, "C of the UCB rule: 0 is best-first, large is exploration")
+    # How the two models sample. Training samples its edits at temperature 1 with nothing cut off.
     solver_tokens: int | None = option(None, "new tokens per answer")
     editor_tokens: int | None = option(None, "new tokens per edit")
     solver_temperature: float | None = option(None, "temperature of the solver; 0 is greedy")
-    editor_temperature: float | None = option(None, "temperature of the editor at test time (training samples at 1)")
+    editor_temperature: float | None = option(None, "temperature of the editor at test time")
     top_p: float | None = option(None, "nucleus of the solver, and of the editor at test time")
     top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
     max_prompt_tokens: int = option(0, "longest editor prompt: problems are left out to fit; 0: what the model reads")
@@ -104,7 +112,10 @@ def editor_sampling(s: Settings) -> dict:
 
 
 def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
-    """A checkpoint folder or hub name: bf16 on a GPU if there is one, else float32 on the CPU."""
+    """A checkpoint folder or hub name: bf16 on a GPU if there is one, else float32 on the CPU.
+
+    Under torchrun each process takes the GPU of its own rank. SystemExit says what cannot be loaded, and why.
+    """
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -143,14 +154,18 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
 
 
 def draw_batch(pool: list[Problem], s: Settings, domain: str, round_: int) -> list[Problem]:
-    """k problems, with replacement as in the paper. They hang on seed, domain and round: all methods see the same."""
+    """k problems, with replacement as in the paper.
+
+    They depend on seed, domain and round alone: every method and every search rule sees the same, a resumed run too.
+    """
     return random.Random(f"{s.seed}/{domain}/{round_}").choices(pool, k=s.k)
 
 
 def solve_all(task, solver, jobs: list[tuple[str, list[Problem]]], samples: int = 1, **sampling) -> list[list[Answer]]:
     """Answer and grade many jobs (instructions, problems) in one batch of the solver.
 
-    Returns one list per job: `samples` answers for each problem, those of one problem together.
+    Returns one list per job: `samples` answers for each problem, those of one problem together. One call for many
+    domains and edits is what keeps a GPU or a server busy.
     """
     asked = [(instructions, problem) for instructions, problems in jobs for problem in problems]
     drawn = solver.sample([task.solve_chat(i, problem) for i, problem in asked], n=samples, **sampling)
@@ -203,7 +218,10 @@ def edit_chat(task, editor, instructions: str, summary: list[Answer], limit: int
 
 
 def read_edit(task, sample: Sample, tag: str = "prompt") -> tuple[str | None, str]:
-    """(new instructions, "") or (None, why the edit is invalid). A task may bring its own reader, `task.read_edit`."""
+    """(new instructions, "") or (None, why the edit is invalid). A task may bring its own reader, `task.read_edit`.
+
+    An edit that was cut off has no closing tag, so it is invalid: half an instruction is worse than none.
+    """
     reader = getattr(task, "read_edit", None)
     text = reader(sample.text) if reader else extract_tag(sample.text, tag)
     if text is None:
@@ -241,7 +259,10 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 
 
 def failures(summary: list[Answer], most: int = 6) -> str:
-    """Up to six wrong answers for TextGrad's critic, those with different feedback first; long fields are cut short."""
+    """Up to six wrong answers for TextGrad's critic, one of each feedback first: six times the same error says little.
+
+    Long fields are cut short, as in the editor's other prompts.
+    """
     wrong = [a for a in summary if not a.correct]
     first = {a.feedback: a for a in reversed(wrong)}
     chosen = sorted(wrong, key=lambda a: first[a.feedback] is not a)[:most]
@@ -280,7 +301,7 @@ def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]],
 
 
 def plant(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
-    """One tree per domain: the seed instructions, scored on the holdout."""
+    """One tree per domain: the seed instructions c_0, scored on the holdout."""
     torch.manual_seed(hash((s.seed, 0, 0)))  # every draw depends on seed and place alone: resuming repeats it
     jobs = [(task.seed_instructions, split_problems(task.problems(d), s)["holdout"]) for d in domains]
     scores = score_all(task, solver, jobs, s)
@@ -292,7 +313,7 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
     """Grow every domain's tree to `s.rounds` rounds, all in step, so that each model call is one large batch.
 
     Each round adds one node to each tree, so an interrupted run goes on where the trees stand. A baseline brings its
-    own search rule. `on_round(trees)` is called after each round.
+    own search rule. `on_round(trees)` is called after each round; `progress` names the progress bar, "" shows none.
     """
     search = search_rule(task, method, search)
     splits = {d: split_problems(task.problems(d), s) for d in trees}
@@ -320,7 +341,7 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
         for d, summary in zip(trees, summaries):
             text, note, wrote = edits[d]
             score = fmean(scores[d]) if d in scores else None
-            if method == "textgrad" and score is not None and score < parents[d].score:
+            if method == "textgrad" and score is not None and score < parents[d].score:  # equal is kept
                 score, note = None, f"reverted: the holdout score fell from {parents[d].score:.3f} to {score:.3f}"
             trees[d].add(parents[d], text or wrote, score, scores.get(d), [asdict(a) for a in summary], note)
         if on_round:
@@ -559,10 +580,12 @@ def write_report(path: str | Path, runs: dict[str, Any], title: str = "Learning 
 class Config(Settings):
     """Everything that can be set. `--help` prints these words."""
 
+    # Who. The two are independent of each other: an editor that was trained with one solver may guide another.
     solver: str = option("", "checkpoint folder, hub name or http(s)://.../v1; empty: runs/<task>/base")
     editor: str = option("", "the same for the editor; empty: runs/<task>/editor")
     solver_model: str = option("", "the solver's name on its server; empty: the first that the server lists")
     editor_model: str = option("", "the editor's name on its server; empty: the first that the server lists")
+    # What.
     search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
     method: Literal["lse", "textgrad", "gepa", "reflexion"] = option("lse", "lse, or a baseline in the same loop")
     domains: str = option("", "domains by name, separated by commas, or how many of the test domains; empty: all")
@@ -570,6 +593,7 @@ class Config(Settings):
     seeds: int = option(3, "seeds of --compare")
     paper_protocol: bool = option(False, "the paper's values where you give none: holdout 50 x 8, T = 25, k = 10")
     max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
+    # Where.
     out: str = option("", "the run's folder; empty: runs/<task>-evolve")
     resume: bool = option(False, "go on where the trees in --out stand")
     overwrite: bool = option(False, "delete the run in --out first")
@@ -620,14 +644,17 @@ def load_models(s: Config) -> list[LocalModel | RemoteModel]:
             except ConnectionError as error:
                 if not served or "no answer" in str(error):
                     raise
-            models.append(RemoteModel(name, served or first))
+            models.append(RemoteModel(name, served or first))  # with the patience that hours of work deserve
         else:  # a copy shares the weights and counts for itself
             models.append(copy(models[0]) if models and name == names[0] else load_model(name, s.max_batch_tokens))
     return models
 
 
 def pick_domains(task, wanted: str) -> list[str]:
-    """All test domains, the first n of them, or those named. A name may itself be a number or hold a comma."""
+    """All test domains, the first n of them, or those named, from any split. SystemExit names what there is not.
+
+    A name goes first: it may itself be a number, or hold a comma.
+    """
     known, count = task.domains("all"), (wanted or "0").isdecimal()
     named = [wanted] if wanted in known else list(dict.fromkeys(name.strip() for name in wanted.split(",")))
     names = task.domains("test")[: int(wanted or 0) or None] if count and wanted not in known else named
@@ -647,17 +674,19 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
                   key=lambda problem: len(str(task.solve_chat("", problem))))
     task.grade(longest, "")
     seen = [Answer(longest.id, longest.question, longest.gold, longest.gold, longest.gold, False)] * s.k
-    rows, trees = (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1), len(splits)
-    held, tested = (s.samples * sum(len(parts[name]) for parts in splits.values()) for name in ("holdout", "test"))
-    # TextGrad asks twice for an edit, and GEPA answers each batch twice.
-    answers = rows * (held * (1 + s.rounds) + 2 * tested + s.rounds * trees * s.k * (1 + (s.method == "gepa")))
-    edits = rows * trees * s.rounds * (1 + (s.method == "textgrad"))
-    lines = [f"{d}: {', '.join(f'{len(part)} {name}' for name, part in parts.items())}" for d, parts in splits.items()]
+    trees = len(splits) * (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1)
+    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
+    held, tested = (s.samples * max(len(parts[name]) for parts in splits.values()) for name in ("holdout", "test"))
+    answers = trees * (held + s.rounds * (s.k * (1 + (s.compare or s.method == "gepa")) + held) + 2 * tested)
+    edits = trees * s.rounds * (1 + (s.compare or s.method == "textgrad"))
+    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
+    lines = [f"{trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"]
     for role, model, calls, chat in (
             ("solver", solver, answers, task.solve_chat(task.seed_instructions, longest)),
             ("editor", editor, edits, edit_chat(task, editor, task.seed_instructions, seen, s.max_prompt_tokens)[0])):
         prompt, new = count_tokens(model, chat), getattr(s, f"{role}_tokens")
-        if 0 < context(model) < prompt + s.editor_tokens + new:  # instructions may become as long as an edit
+        # Beyond its context a model answers nonsense without a warning. Instructions may become as long as an edit.
+        if 0 < context(model) < prompt + s.editor_tokens + new:
             raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt}, {new} to "
                              f"write (--{role}-tokens) and new instructions of {s.editor_tokens} (--editor-tokens).")
         lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
@@ -666,7 +695,7 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
     if free < size:
         raise ValueError(f"{out} may grow to {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
-    return "\n  ".join(["Plan", *lines, f"{s.rounds} rounds: up to {size / 1e6:,.0f} MB in {out}"])
+    return "\n  ".join(["Plan", *lines, f"up to {size / 1e6:,.0f} MB in {out}"])
 
 
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
@@ -702,7 +731,8 @@ def tree_name(domain: str) -> str:
 def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
     """{untrained, trained} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
-    The untrained editor is the solver itself. The report shows the first domain under the last seed.
+    The untrained editor is the solver itself. All rows see the same splits and batches. Table and report are saved
+    after each row; the report shows the first domain under the last seed.
     """
     head = "| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |"
     table, runs = [head, "|---" * 6 + "|"], {}
@@ -729,7 +759,10 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
 
 
 def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out: Path) -> None:
-    """Save, then say what came out: the optimistic and the honest number, the cost, the trees."""
+    """Save, then say what came out: the optimistic and the honest number, the cost, the trees.
+
+    Gains are paired: before and after are the same problems, so that hard ones do not count as noise.
+    """
     parts = {"holdout": {d: (tree.nodes[0].scores, tree.best().scores) for d, tree in trees.items()}}
     parts |= {"test": final_test(task, trees, solver, s)} if s.test else {}
     results, text = {"config": asdict(s), "instructions": {d: t.best().instructions for d, t in trees.items()}}, ""
@@ -756,13 +789,16 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
     presets = dict.fromkeys(PRESETS, PRESETS["paper"] | {"test": 0}) if s.paper_protocol else PRESETS
-    s = with_presets(s, presets, remote="://" in s.solver and "://" in s.editor)
+    remote = "://" in s.solver and "://" in s.editor
+    if not (remote or s.task == "mini" or torch.cuda.is_available()):
+        print("No GPU here for a local model: what you do not set is a rehearsal's, and nothing can be learned.")
+    s = with_presets(s, presets, remote)
     task, out = load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}-evolve")
     splits = {d: split_problems(task.problems(d), s) for d in pick_domains(task, s.domains)}
     rule = search_rule(task, s.method, s.search)
     solver, editor = load_models(s)
     print(plan(task, splits, solver, editor, s, out), flush=True)
-    open_run(s, out, free=["rounds", "dry_run"], look=s.dry_run)
+    open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
     if s.dry_run:
         return print("A dry run: no model was asked, nothing was written.")
     if s.compare:
@@ -774,7 +810,7 @@ def main(s: Config) -> None:
 
     trees = restore_trees(out / "trees", list(splits)) if s.resume else {}
     if not trees:
-        save(trees := plant(task, list(splits), solver, s))
+        save(trees := plant(task, list(splits), solver, s))  # from here on, a kill costs a round at most
     evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=f"{s.method} {rule}")
     finish(task, trees, solver, editor, s, out)
 

@@ -195,9 +195,9 @@ def test_a_local_editor_is_never_asked_more_than_it_can_read() -> None:
     tokenizer, task = data.mini_tokenizer(), data.Mini()
     editor = LocalModel(train.tiny_qwen3(tokenizer), tokenizer)
     assert evolve.context(editor) == 2048 and evolve.context(Scribe(None)) == 0
-    summary = evolve.solve(task, Scribe(lambda _: ""), "", task.problems("dev000") * 2)
+    summary = evolve.solve(task, Scribe(lambda _: ""), "", task.problems("dev000")[:110])
     chat, dropped = evolve.edit_chat(task, editor, "", summary)
-    assert 0 < dropped < 304 and 1500 < len(editor.encode(chat)) <= 1536
+    assert 0 < dropped < 110 and 1500 < len(editor.encode(chat)) <= 1536
 
 
 @pytest.mark.parametrize("text, truncated, expected", [
@@ -616,7 +616,7 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
     s = with_presets(Config(domains="1", rounds=3))
     splits = {"test000": evolve.split_problems(task.problems("test000"), s)}
     text = evolve.plan(task, splits, solver, editor, s, out)
-    assert "test000: 104 pool, 8 holdout, 32 test" in text
+    assert "1 trees of 3 rounds on 1 domains, the smallest with problems: 104 pool, 8 holdout, 32 test" in text
     assert f"wide: up to {8 + 3 * (8 + 4) + 2 * 32} answers" in text
     assert "wide: up to 3 answers" in text and "nowhere/yet" in text and not out.parent.exists()
     for method, calls in (("gepa", 120), ("textgrad", 6)):
@@ -636,6 +636,8 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
     monkeypatch.setattr(task, "grade", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evolve.plan(task, splits, solver, editor, s, out)
+    assert f"up to {8 * 3 * (8 + 3 * (2 * 4 + 8) + 2 * 32):,} answers" in evolve.plan(
+        data.Mini(), splits, solver, editor, replace(s, compare=True), out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -764,13 +766,13 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(bird: Path, scene, tmp_path: 
                             "--editor-model", "good-editor", "--dry-run", "--domains", "shop"], tmp_path)
     assert code == 0 and {request["path"] for request in scene.requests[asked:]} == {"/v1/models"}
     assert [file.name for file in tmp_path.iterdir()] == ["output.txt"]
-    assert "shop: 8 pool, 6 holdout, 6 test" in output
+    assert "problems: 8 pool, 6 holdout, 6 test" in output
     assert "editor good-editor: up to 5 answers" in output
     assert f"solver solver: up to {6 + 5 * (3 + 6) + 2 * 6} answers" in output
     assert len(output.splitlines()) == 6
     code, output = cli.run(["--task", "bird", "--data", bird, "--solver", scene.url, "--editor", scene.url,
                             "--paper-protocol", "--holdout", 6, "--dry-run", "--domains", "1"], tmp_path)
-    assert code == 0 and "14 pool, 6 holdout, 0 test" in output and "25 rounds" in output
+    assert code == 0 and "14 pool, 6 holdout, 0 test" in output and "of 25 rounds" in output
     assert f"up to {8 * 6 * 26 + 25 * 10:,} answers" in output
 
 
