@@ -644,7 +644,7 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
 # End to end: the command against a scripted server
 # ---------------------------------------------------------------------------------------------------------------------
 
-FEW = ["--rounds", 5, "--k", 3, "--holdout", 6, "--test", 6, "--samples", 1]
+FEW = ["--rounds", 4, "--k", 3, "--holdout", 6, "--test", 6, "--samples", 1]
 EDITORS = ("solver", "good-editor", "bad-editor", "ruin-editor", "mute-editor", "fickle-editor")
 
 
@@ -690,10 +690,10 @@ def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more:
     asked = len(scene.requests)
     results, trees, output = evolved(bird, scene.url, tmp_path, "good-editor", *more)
     for tree in trees.values():
-        assert len(tree.nodes) == 6 and tree.best().score > tree.nodes[0].score
+        assert len(tree.nodes) == 5 and tree.best().score > tree.nodes[0].score
         assert level(tree.best().instructions) >= 1
     if more[1] in ("chain", "best", "textgrad", "reflexion"):  # each edit adds a rule to the one before
-        assert {level(tree.best().instructions) for tree in trees.values()} == {5}
+        assert {level(tree.best().instructions) for tree in trees.values()} == {4}
     for part in ("holdout", "test"):
         r = results[part]
         assert r["best"] - r["seed"] == pytest.approx(r["gain"]) and r["gain"] > 0.1 and r["stderr"] >= 0
@@ -703,16 +703,16 @@ def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more:
     assert results["instructions"]["shop"] == trees["shop"].best().instructions
     calls = Counter(request["body"].get("model") for request in scene.requests[asked:])
     assert results["cost"]["solver"]["answers"] == calls["solver"]
-    assert results["cost"]["editor"]["answers"] == calls["good-editor"] == (20 if "textgrad" in more else 10)
+    assert results["cost"]["editor"]["answers"] == calls["good-editor"] == (16 if "textgrad" in more else 8)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert all(f'id="t{i}-{n}"' in page for i in (0, 1) for n in range(6))
+    assert all(f'id="t{i}-{n}"' in page for i in (0, 1) for n in range(5))
     assert "shop (* leads to the best node)" in output and results["instructions"]["zoo"] in output
     assert RULES[0] in output.split("Best instructions:")[1] and f"Saved in run: {'trees/'}" in output
 
 
-@pytest.mark.parametrize("search", ["ucb", "best", "pareto", "chain"])
+@pytest.mark.parametrize("search", ["ucb", "best", "chain"])
 def test_from_a_bad_edit_the_tree_steps_back(bird: Path, scene, tmp_path: Path, search: str) -> None:
-    more = ["--search", search, "--rounds", 8, "--c", 0.1]
+    more = ["--search", search, "--rounds", 6, "--c", 0.1]
     results, trees, _ = evolved(bird / "own.jsonl", scene.url, tmp_path, "bad-editor", *more)
     falls = [(tree, node) for tree in trees.values() for node in tree.nodes[1:]
              if level(node.instructions) < level(tree.nodes[node.parent].instructions)]
@@ -746,13 +746,13 @@ def test_editors_that_ruin_all_or_say_nothing_gain_exactly_nothing(bird: Path, s
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/bird")
 def test_on_bird(tmp_path: Path) -> None:
     with serve(scripted(bird_gold(SHARED)), models=EDITORS) as server:
-        args = ["--task", "bird", "--data", SHARED, "--domains", "university,video_games", "--solver", server.url,
+        args = ["--task", "bird", "--data", SHARED, "--domains", "university", "--solver", server.url,
                 "--editor", server.url, *FEW, "--rounds", 3]
-        for editor in ("good-editor", "bad-editor"):
+        for editor in ("good-editor", "ruin-editor"):
             code, output = cli.run([*args, "--out", editor, "--editor-model", editor], tmp_path)
             assert code == 0, output
-    good, bad = (json.loads((tmp_path / f"{name}-editor" / "results.json").read_text()) for name in ("good", "bad"))
-    assert good["holdout"]["gain"] > 0.1 and 0 <= bad["holdout"]["gain"] < good["holdout"]["gain"]
+    good, ruin = (json.loads((tmp_path / f"{name}-editor" / "results.json").read_text()) for name in ("good", "ruin"))
+    assert good["holdout"]["gain"] > 0.1 and ruin["holdout"]["gain"] == ruin["test"]["gain"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -767,8 +767,8 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(bird: Path, scene, tmp_path: 
     assert code == 0 and {request["path"] for request in scene.requests[asked:]} == {"/v1/models"}
     assert [file.name for file in tmp_path.iterdir()] == ["output.txt"]
     assert "problems: 8 pool, 6 holdout, 6 test" in output
-    assert "editor good-editor: up to 5 answers" in output
-    assert f"solver solver: up to {6 + 5 * (3 + 6) + 2 * 6} answers" in output
+    assert "editor good-editor: up to 4 answers" in output
+    assert f"solver solver: up to {6 + 4 * (3 + 6) + 2 * 6} answers" in output
     assert len(output.splitlines()) == 6
     code, output = cli.run(["--task", "bird", "--data", bird, "--solver", scene.url, "--editor", scene.url,
                             "--paper-protocol", "--holdout", 6, "--dry-run", "--domains", "1"], tmp_path)
