@@ -477,7 +477,7 @@ def test_picking_domains() -> None:
 def test_different_domains_have_different_file_names(names: list[str]) -> None:
     one, other = map(evolve.tree_name, names)
     assert one != other and not set("/\\:*?\"<>|\0") & set(one)
-    assert evolve.tree_name("/") != evolve.tree_name("\x02f")
+    assert evolve.tree_name("/") != evolve.tree_name("\x02f") and evolve.tree_name("a/b") != evolve.tree_name("a_b")
 
 
 def test_trees_that_are_a_round_ahead_are_cut_back(tmp_path: Path) -> None:
@@ -619,6 +619,9 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
     assert "1 trees of 3 rounds on 1 domains, the smallest with problems: 104 pool, 8 holdout, 32 test" in text
     assert f"wide: up to {8 + 3 * (8 + 4) + 2 * 32} answers" in text
     assert "wide: up to 3 answers" in text and "nowhere/yet" in text and not out.parent.exists()
+    small = splits["test000"] | {"pool": splits["test000"]["pool"][:5]}
+    assert "on 2 domains, the smallest with problems: 5 pool, 8 holdout" in evolve.plan(
+        task, splits | {"test001": small}, solver, editor, s, out)
     for method, calls in (("gepa", 120), ("textgrad", 6)):
         assert f"up to {calls} answers" in evolve.plan(task, splits, solver, editor, replace(s, method=method), out)
     with pytest.raises(ValueError, match=r"The solver reads 2048 tokens, .* 2030 to write \(--solver-tokens\)"):
