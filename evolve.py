@@ -684,18 +684,18 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     for role, model, calls, chat in (
             ("solver", solver, answers, task.solve_chat(task.seed_instructions, longest)),
             ("editor", editor, edits, edit_chat(task, editor, task.seed_instructions, seen, s.max_prompt_tokens)[0])):
-        prompt, new = count_tokens(model, chat), getattr(s, f"{role}_tokens")
-        # Beyond its context a model answers nonsense without a warning. Instructions may become as long as an edit.
-        if 0 < context(model) < prompt + s.editor_tokens + new:
-            raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt}, {new} to "
-                             f"write (--{role}-tokens) and new instructions of {s.editor_tokens} (--editor-tokens).")
+        # Instructions may become as long as an edit. Beyond its context a model answers nonsense without a warning.
+        prompt, new = count_tokens(model, chat) + s.editor_tokens, getattr(s, f"{role}_tokens")
+        if 0 < context(model) < prompt + new:
+            raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt} (instructions of "
+                             f"{s.editor_tokens}, --editor-tokens, included) and {new} to write (--{role}-tokens).")
         lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
                      f"{calls * prompt:,} tokens to read and {calls * new:,} to write")
     size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)
     free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
     if free < size:
         raise ValueError(f"{out} may grow to {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
-    return "\n  ".join(["Plan", *lines, f"up to {size / 1e6:,.0f} MB in {out}"])
+    return "\n  ".join(["Plan", *lines, f"up to {size / 1e6:,.1f} MB in {out}"])
 
 
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
