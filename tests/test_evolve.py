@@ -572,6 +572,18 @@ def test_transfer_an_editor_of_another_width_guides_the_solver(checkpoints: Path
     assert len(EvolutionTree.load("run/trees/test001.json").nodes) == 3
 
 
+def test_a_solver_on_a_server_and_an_editor_here(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("own.jsonl").write_text("\n".join(json.dumps({"question": f"Say {i}!", "answer": i}) for i in range(12)))
+    with serve(lambda messages, _: f"<answer>{re.search('Say (.*)!', messages[-1]['content'])[1]}</answer>") as server:
+        evolve.main(Config(task="jsonl", data="own.jsonl", solver=server.url, editor=str(checkpoints / "wide")))
+    assert "No GPU here for a local model: what you do not set is a rehearsal's" in capsys.readouterr().out
+    results = json.loads(Path("runs/jsonl-evolve/results.json").read_text())
+    assert results["test"]["best"] == 1.0 and results["cost"]["editor"]["answers"] == 2
+
+
 def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     s = Config(solver=str(checkpoints / "narrow"), editor=str(checkpoints / "wide"), out="run", compare=True, seeds=2,
@@ -626,7 +638,7 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
         task, splits | {"test001": small}, solver, editor, s, out)
     for method, calls in (("gepa", 120), ("textgrad", 6)):
         assert f"up to {calls} answers" in evolve.plan(task, splits, solver, editor, replace(s, method=method), out)
-    with pytest.raises(ValueError, match=r"The solver reads 2048 tokens, .* 2030 to write \(--solver-tokens\)"):
+    with pytest.raises(ValueError, match=r"The solver reads 2048 tokens, .* 2030 to write, --solver-tokens"):
         evolve.plan(task, splits, solver, editor, replace(s, solver_tokens=2030), out)
     with pytest.raises(ValueError, match="The solver reads 2048 tokens, .*instructions of 2040, --editor-tokens"):
         evolve.plan(task, splits, solver, editor, replace(s, editor_tokens=2040), out)
