@@ -687,8 +687,8 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
         # Instructions may become as long as an edit. Beyond its context a model answers nonsense without a warning.
         prompt, new = count_tokens(model, chat) + s.editor_tokens, getattr(s, f"{role}_tokens")
         if 0 < context(model) < prompt + new:
-            raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt}, with "
-                             f"instructions of {s.editor_tokens} (--editor-tokens), and {new} written (--{role}-tokens)")
+            raise ValueError(f"The {role} reads {context(model)} tokens, too little for a prompt of {prompt}, with "
+                             f"instructions of {s.editor_tokens} (--editor-tokens), and {new} more (--{role}-tokens).")
         lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
                      f"{calls * prompt:,} tokens to read and {calls * new:,} to write")
     size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)

@@ -638,12 +638,12 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
         task, splits | {"test001": small}, solver, editor, s, out)
     for method, calls in (("gepa", 120), ("textgrad", 6)):
         assert f"up to {calls} answers" in evolve.plan(task, splits, solver, editor, replace(s, method=method), out)
-    with pytest.raises(ValueError, match=r"The solver reads 2048 tokens, .* 2030 written \(--solver-tokens\)"):
+    with pytest.raises(ValueError, match=r"The solver reads 2048 tokens, .* 2030 more \(--solver-tokens\)"):
         evolve.plan(task, splits, solver, editor, replace(s, solver_tokens=2030), out)
     with pytest.raises(ValueError, match="The solver reads 2048 tokens, .*instructions of 2040 .--editor-tokens"):
         evolve.plan(task, splits, solver, editor, replace(s, editor_tokens=2040), out)
     monkeypatch.setattr(Scribe, "model", "far away", raising=False)
-    with pytest.raises(ValueError, match="The editor reads 2048 tokens, too few for a prompt of .* 1005 written"):
+    with pytest.raises(ValueError, match="The editor reads 2048 tokens, too little for a prompt of .* 1005 more"):
         evolve.plan(task, splits, Scribe(None), editor, replace(s, editor_tokens=1005), out)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
