@@ -1,6 +1,6 @@
 """The trained editor inside somebody else's loop: the `gepa` package, its reflection model behind an HTTP server.
 
-    pip install gepa                                   # in a scratch environment; run by hand, about ten minutes
+    pip install gepa                                  # in a scratch environment; run by hand, four minutes on two cores
     python tests/bench_gepa.py [--base DIR] [--editor DIR] [--domains 16] [--seeds 3]        # behind tests/server.py
     transformers serve --port 8124 &                                          # pip install fastapi uvicorn openai
     python tests/bench_gepa.py --server http://localhost:8124/v1
