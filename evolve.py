@@ -7,8 +7,14 @@
                      --editor-model gpt-5             any OpenAI-compatible server, key in $LSE_API_KEY
     python evolve.py ... --dry-run                    check everything, say what it would cost, ask no model
 
+Symbols of the paper: instructions are c, a summary (graded answers to k problems) S, a score R̄(c) (eq. 4), the solver
+π_θ, the editor f_ψ; T rounds grow a tree, and a node is chosen by R̄_n + C sqrt(ln N / v_n).
+
 One round: pick a node of the tree, let the frozen solver answer k fresh problems under its instructions, show the
 graded answers to the editor, score what it writes on the holdout, attach it. No weights change here.
+
+What a run says twice: the best holdout score over the rounds, as the paper reports it, is optimistic, since the search
+chose by it; the test split, touched once at the end, is honest.
 
 Left out on purpose: parallel rounds of one tree (each edit reads the one before), early stopping, merging of branches.
 """
@@ -24,7 +30,6 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Collection
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
@@ -51,6 +56,7 @@ class Settings:
 
     task: str = option("mini", "mini, bird, mmlu or jsonl")
     data: str = option("", "folder or file with the task's data (not for mini)")
+    # What is drawn, and how often. Problems of a domain: k + holdout + test of them at least.
     seed: int = option(0, "seed of the splits, the problem batches and all sampling")
     rounds: int | None = option(None, "T, rounds of evolution per tree")
     k: int | None = option(None, "problems answered per round and shown to the editor")
@@ -58,10 +64,11 @@ class Settings:
     test: int | None = option(None, "problems kept for one honest look at the end; 0: none")
     samples: int | None = option(None, "answers per holdout problem; a score is the mean over both")
     c: float | None = option(None, "C of the UCB rule: 0 is best-first, large is exploration")
+    # How the two models sample. Training samples its edits at temperature 1 with nothing cut off.
     solver_tokens: int | None = option(None, "new tokens per answer")
     editor_tokens: int | None = option(None, "new tokens per edit")
     solver_temperature: float | None = option(None, "temperature of the solver; 0 is greedy")
-    editor_temperature: float | None = option(None, "temperature of the editor at test time (training samples at 1)")
+    editor_temperature: float | None = option(None, "temperature of the editor at test time")
     top_p: float | None = option(None, "nucleus of the solver, and of the editor at test time")
     top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
     max_prompt_tokens: int = option(0, "longest editor prompt: problems are left out to fit; 0: what the model reads")
@@ -89,10 +96,10 @@ def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote:
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
     values = PRESETS[kind] | presets[kind]
     s = replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
-    low = [f"--{name} {value}" for name, value in asdict(s).items() if isinstance(value, (int, float)) and
-           value < (name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds"))]
-    if low or not 0 < s.top_p <= 1:
-        raise ValueError(f"{', '.join(low) or f'--top-p {s.top_p}'} cannot be: too small, or a share beyond 1.")
+    for name, value in asdict(s).items():
+        least = name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")  # 1, else 0
+        if isinstance(value, (int, float)) and (value < least or name == "top_p" and not 0 < value <= 1):
+            raise ValueError(f"--{name.replace('_', '-')} cannot be {value}.")
     return s
 
 
@@ -105,13 +112,15 @@ def editor_sampling(s: Settings) -> dict:
 
 
 def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
-    """A checkpoint folder or hub name: bf16 on a GPU if there is one, else float32 on the CPU."""
+    """A checkpoint folder or hub name: bf16 on a GPU if there is one, else float32 on the CPU.
+
+    Under torchrun each process takes the GPU of its own rank. SystemExit says what cannot be loaded, and why.
+    """
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        dtype = torch.bfloat16 if device != "cpu" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-        return LocalModel(model, tokenizer, max_batch_tokens)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        return LocalModel(model.to(device), tokenizer, max_batch_tokens)
     except Exception as error:  # half a download, no chat template, ...: every library has errors of its own
         why = (str(error) or repr(error)).strip().splitlines()[0]
         raise SystemExit(f"No model can be loaded from {name} (`python train.py` makes runs/...): {why}") from None
@@ -130,38 +139,40 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
     replacement, so a pool of one problem would do; but k different ones are what an editor should see.
     ValueError with the numbers where there are too few.
     """
-    domain = problems[0].domain if problems else "this domain"
+    domain, h, t = problems[0].domain if problems else "this domain", s.holdout, s.test
     if problems and all(p.split for p in problems):  # then --holdout and --test can only make a split smaller
-        parts = {name: [p for p in problems if p.split == name] for name in ("pool", "holdout", "test")}
-        parts |= {"holdout": parts["holdout"][: s.holdout], "test": parts["test"][: s.test]}
-        if not parts["pool"] or not parts["holdout"] or len(parts["test"]) < min(1, s.test):
+        pool, holdout, test = ([p for p in problems if p.split == name] for name in ("pool", "holdout", "test"))
+        if not pool or not holdout or (t and not test):
             raise ValueError(f"The problems of {domain} name their splits, and one of pool, holdout, test is empty.")
-        return parts
+        return {"pool": pool, "holdout": holdout[:h], "test": test[:t]}
     distinct = list({(p.question, p.evidence, p.choices, p.gold): p for p in reversed(problems)}.values())[::-1]
-    if len(distinct) < s.k + s.holdout + s.test:
-        raise ValueError(f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = {s.k} + {s.holdout}"
-                         f" + {s.test}: choose smaller --k, --holdout or --test, or other --domains.")
+    if len(distinct) < s.k + h + t:
+        raise ValueError(f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = {s.k} + {h} + {t}: "
+                         "choose smaller --k, --holdout or --test, or other --domains.")
     shuffled = random.Random(f"{s.seed}/{domain}").sample(distinct, len(distinct))
-    held, tested = s.holdout, s.holdout + s.test
-    return {"holdout": shuffled[:held], "test": shuffled[held:tested], "pool": shuffled[tested:]}
+    return {"pool": shuffled[h + t :], "holdout": shuffled[:h], "test": shuffled[h : h + t]}
 
 
 def draw_batch(pool: list[Problem], s: Settings, domain: str, round_: int) -> list[Problem]:
-    """k problems, with replacement as in the paper. They hang on seed, domain and round: all methods see the same."""
+    """k problems, with replacement as in the paper.
+
+    They depend on seed, domain and round alone: every method and every search rule sees the same, a resumed run too.
+    """
     return random.Random(f"{s.seed}/{domain}/{round_}").choices(pool, k=s.k)
 
 
 def solve_all(task, solver, jobs: list[tuple[str, list[Problem]]], samples: int = 1, **sampling) -> list[list[Answer]]:
     """Answer and grade many jobs (instructions, problems) in one batch of the solver.
 
-    Returns one list per job: `samples` answers for each problem, those of one problem together.
+    Returns one list per job: `samples` answers for each problem, those of one problem together. One call for many
+    domains and edits is what keeps a GPU or a server busy.
     """
     asked = [(instructions, problem) for instructions, problems in jobs for problem in problems]
     drawn = solver.sample([task.solve_chat(i, problem) for i, problem in asked], n=samples, **sampling)
     pairs = [(problem, sample) for (_, problem), row in zip(asked, drawn) for sample in row]
     texts = [(problem, sample.text) for problem, sample in pairs]
-    many = getattr(task, "grade_many", None)  # a task may grade side by side on all cores
-    grades = many(texts) if many else [task.grade(problem, text) for problem, text in texts]
+    # A task may grade side by side on all cores.
+    grades = task.grade_many(texts) if hasattr(task, "grade_many") else [task.grade(*pair) for pair in texts]
     answers = iter([Answer(p.id, p.question, s.text, g.answer, p.gold, g.correct, g.feedback, s.truncated)
                     for (p, s), g in zip(pairs, grades)])
     return [[next(answers) for _ in range(len(problems) * samples)] for _, problems in jobs]
@@ -207,7 +218,10 @@ def edit_chat(task, editor, instructions: str, summary: list[Answer], limit: int
 
 
 def read_edit(task, sample: Sample, tag: str = "prompt") -> tuple[str | None, str]:
-    """(new instructions, "") or (None, why the edit is invalid). A task may bring its own reader, `task.read_edit`."""
+    """(new instructions, "") or (None, why the edit is invalid). A task may bring its own reader, `task.read_edit`.
+
+    An edit that was cut off has no closing tag, so it is invalid: half an instruction is worse than none.
+    """
     reader = getattr(task, "read_edit", None)
     text = reader(sample.text) if reader else extract_tag(sample.text, tag)
     if text is None:
@@ -245,10 +259,13 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 
 
 def failures(summary: list[Answer], most: int = 6) -> str:
-    """Up to six wrong answers for TextGrad's critic, those with different feedback first; long fields are cut short."""
+    """Up to six wrong answers for TextGrad's critic, one of each feedback first: six times the same error says little.
+
+    Long fields are cut short, as in the editor's other prompts.
+    """
     wrong = [a for a in summary if not a.correct]
-    first = list({a.feedback: a for a in reversed(wrong)}.values())[::-1]
-    chosen = (first + [a for a in wrong if a not in first])[:most]
+    first = {a.feedback: a for a in reversed(wrong)}
+    chosen = sorted(wrong, key=lambda a: first[a.feedback] is not a)[:most]
     parts = ((a.question, f"answer: {a.answer}", f"expected: {a.gold}", a.feedback) for a in chosen)
     return "\n\n".join("\n".join(cut(text, 1500) for text in fields) for fields in parts) or "(none)"
 
@@ -284,7 +301,7 @@ def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]],
 
 
 def plant(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
-    """One tree per domain: the seed instructions, scored on the holdout."""
+    """One tree per domain: the seed instructions c_0, scored on the holdout."""
     torch.manual_seed(hash((s.seed, 0, 0)))  # every draw depends on seed and place alone: resuming repeats it
     jobs = [(task.seed_instructions, split_problems(task.problems(d), s)["holdout"]) for d in domains]
     scores = score_all(task, solver, jobs, s)
@@ -296,7 +313,7 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
     """Grow every domain's tree to `s.rounds` rounds, all in step, so that each model call is one large batch.
 
     Each round adds one node to each tree, so an interrupted run goes on where the trees stand. A baseline brings its
-    own search rule. `on_round(trees)` is called after each round.
+    own search rule. `on_round(trees)` is called after each round; `progress` names the progress bar, "" shows none.
     """
     search = search_rule(task, method, search)
     splits = {d: split_problems(task.problems(d), s) for d in trees}
@@ -324,7 +341,7 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
         for d, summary in zip(trees, summaries):
             text, note, wrote = edits[d]
             score = fmean(scores[d]) if d in scores else None
-            if method == "textgrad" and score is not None and score < parents[d].score:
+            if method == "textgrad" and score is not None and score < parents[d].score:  # equal is kept
                 score, note = None, f"reverted: the holdout score fell from {parents[d].score:.3f} to {score:.3f}"
             trees[d].add(parents[d], text or wrote, score, scores.get(d), [asdict(a) for a in summary], note)
         if on_round:
@@ -563,24 +580,27 @@ def write_report(path: str | Path, runs: dict[str, Any], title: str = "Learning 
 class Config(Settings):
     """Everything that can be set. `--help` prints these words."""
 
+    # Who. The two are independent of each other: an editor that was trained with one solver may guide another.
     solver: str = option("", "checkpoint folder, hub name or http(s)://.../v1; empty: runs/<task>/base")
     editor: str = option("", "the same for the editor; empty: runs/<task>/editor")
     solver_model: str = option("", "the solver's name on its server; empty: the first that the server lists")
     editor_model: str = option("", "the editor's name on its server; empty: the first that the server lists")
+    # What.
     search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
     method: Literal["lse", "textgrad", "gepa", "reflexion"] = option("lse", "lse, or a baseline in the same loop")
     domains: str = option("", "domains by name, separated by commas, or how many of the test domains; empty: all")
-    compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as one table")
+    compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as a table")
     seeds: int = option(3, "seeds of --compare")
-    paper_protocol: bool = option(False, "the paper's values: holdout 50 x 8, T = 25, k = 10, no test split")
+    paper_protocol: bool = option(False, "the paper's values where you give none: holdout 50 x 8, T = 25, k = 10")
     max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
+    # Where.
     out: str = option("", "the run's folder; empty: runs/<task>-evolve")
     resume: bool = option(False, "go on where the trees in --out stand")
     overwrite: bool = option(False, "delete the run in --out first")
     dry_run: bool = option(False, "check everything that can be checked, print the plan and its cost, and stop")
 
 
-def open_run(s, out: Path, free: Collection[str], look: bool = False) -> None:
+def open_run(s, out: Path, free: list[str], look: bool = False) -> None:
     """Make the run's folder, or find it as these settings left it. SystemExit in one sentence where that cannot be.
 
     `free` names the settings that may differ when a run is resumed. `look` only finds out. A folder is deleted only if
@@ -588,16 +608,15 @@ def open_run(s, out: Path, free: Collection[str], look: bool = False) -> None:
     """
     file, settings = out / "config.json", asdict(s)
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    changed = [f"--{name} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
+    changed = [f"--{name.replace('_', '-')} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
                if name not in {*free, "resume", "overwrite"} and old.get(name) != value]
-    for is_so, what in (
-            (old and not old.keys() >= settings.keys() - {*free}, "is no run of this script: name another --out"),
-            (old and not s.resume and not s.overwrite,
-             "holds a run: go on with it by --resume, delete it by --overwrite, or name another --out"),
-            (s.resume and not old, "holds no run to resume: leave --resume out to start one"),
-            (s.resume and changed, f"was run otherwise ({'; '.join(changed)}): give the same, or another --out")):
-        if is_so:
-            raise SystemExit(f"{out} {what}.")
+    fault = ("is no run of this script: name another --out" if old and not old.keys() >= settings.keys() - {*free} else
+             "holds a run: continue it by --resume, delete it by --overwrite, or name another --out"
+             if old and not s.resume and not s.overwrite else
+             "holds no run to resume: leave --resume out to start one" if s.resume and not old else
+             f"was run otherwise ({'; '.join(changed)}): give the same or another --out" if s.resume and changed else 0)
+    if fault:
+        raise SystemExit(f"{out} {fault}.")
     if look:
         return
     try:
@@ -615,35 +634,33 @@ def write_text(path: Path, text: str) -> None:
     os.replace(path.with_name(path.name + ".tmp"), path)
 
 
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
-
-
 def load_models(s: Config) -> list[LocalModel | RemoteModel]:
     """Solver and editor. One checkpoint in both roles is loaded once, behind two counters."""
     models, names = [], [s.solver or f"runs/{s.task}/base", s.editor or f"runs/{s.task}/editor"]
     for name, served in zip(names, (s.solver_model, s.editor_model)):
-        if is_url(name):
+        if "://" in name:
             try:  # is anybody there? A server that is, but lists no models, will do if it need not choose one
                 first = RemoteModel(name, timeout=20, retries=1).model
             except ConnectionError as error:
                 if not served or "no answer" in str(error):
                     raise
-            models.append(RemoteModel(name, served or first))
+            models.append(RemoteModel(name, served or first))  # with the patience that hours of work deserve
         else:  # a copy shares the weights and counts for itself
             models.append(copy(models[0]) if models and name == names[0] else load_model(name, s.max_batch_tokens))
     return models
 
 
 def pick_domains(task, wanted: str) -> list[str]:
-    """All test domains, the first n of them, or those named. A name may itself be a number or hold a comma."""
-    known = task.domains("all")
-    names = ([wanted] if wanted in known else
-             task.domains("test")[: int(wanted or 0) or None] if (wanted or "0").isdecimal() else
-             list(dict.fromkeys(name.strip() for name in wanted.split(","))))
-    missing = [name for name in names if name not in known]
-    if missing or not names:
-        raise SystemExit(f"No domain {', '.join(missing)} in {task.name}; there are: {', '.join(known)[:2000]}.")
+    """All test domains, the first n of them, or those named, from any split. SystemExit names what there is not.
+
+    A name goes first: it may itself be a number, or hold a comma.
+    """
+    known, count = task.domains("all"), (wanted or "0").isdecimal()
+    named = [wanted] if wanted in known else list(dict.fromkeys(name.strip() for name in wanted.split(",")))
+    names = task.domains("test")[: int(wanted or 0) or None] if count and wanted not in known else named
+    if not names or not {*names} <= {*known}:
+        missing = ", ".join(name for name in names if name not in known)
+        raise SystemExit(f"No domain {missing} in {task.name}; there are: {', '.join(known)[:2000]}.")
     return names
 
 
@@ -653,29 +670,32 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     Everything that can be checked without asking a model is checked by now, the last of it here: the grader, the
     longest prompts, room on the disk. So nothing fails after hours that could have failed at once. ValueError says how.
     """
-    problems = [problem for parts in splits.values() for part in parts.values() for problem in part]
-    longest = max(problems, key=lambda problem: len(str(task.solve_chat("", problem))))
+    longest = max((problem for parts in splits.values() for part in parts.values() for problem in part),
+                  key=lambda problem: len(str(task.solve_chat("", problem))))
     task.grade(longest, "")
     seen = [Answer(longest.id, longest.question, longest.gold, longest.gold, longest.gold, False)] * s.k
-    seed, tries = task.seed_instructions, s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1
-    held, tested = (sum(len(parts[name]) for parts in splits.values()) * s.samples for name in ("holdout", "test"))
-    edits = tries * len(splits) * s.rounds * (1 + (s.method == "textgrad"))  # TextGrad asks twice, GEPA solves twice
-    answers = tries * (held * (1 + s.rounds) + 2 * tested + len(splits) * s.rounds * s.k * (1 + (s.method == "gepa")))
-    size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens) / 1e6
-    free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free / 1e6
-    if free < size:
-        raise ValueError(f"{out} may grow to {size:,.0f} MB, and its disk has {free:,.0f} MB free: make room.")
-    lines = [f"{d}: {', '.join(f'{len(part)} {name}' for name, part in parts.items())}" for d, parts in splits.items()]
+    trees = len(splits) * (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1)
+    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
+    held, tested = (s.samples * max(len(parts[name]) for parts in splits.values()) for name in ("holdout", "test"))
+    answers = trees * (held + s.rounds * (s.k * (1 + (s.compare or s.method == "gepa")) + held) + 2 * tested)
+    edits = trees * s.rounds * (1 + (s.compare or s.method == "textgrad"))
+    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
+    lines = [f"{trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"]
     for role, model, calls, chat in (
-            ("solver", solver, answers, task.solve_chat(seed, longest)),
-            ("editor", editor, edits, edit_chat(task, editor, seed, seen, s.max_prompt_tokens)[0])):
-        prompt, new = count_tokens(model, chat), getattr(s, f"{role}_tokens")
-        if 0 < context(model) < prompt + s.editor_tokens + new:  # instructions may become as long as an edit
-            raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt}, {new} to "
-                             f"write (--{role}-tokens) and new instructions of {s.editor_tokens} (--editor-tokens).")
+            ("solver", solver, answers, task.solve_chat(task.seed_instructions, longest)),
+            ("editor", editor, edits, edit_chat(task, editor, task.seed_instructions, seen, s.max_prompt_tokens)[0])):
+        # Instructions may become as long as an edit. Beyond its context a model answers nonsense without a warning.
+        prompt, new = count_tokens(model, chat) + s.editor_tokens, getattr(s, f"{role}_tokens")
+        if 0 < context(model) < prompt + new:
+            raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt} (instructions of "
+                             f"{s.editor_tokens}, --editor-tokens, included) and {new} to write (--{role}-tokens).")
         lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
                      f"{calls * prompt:,} tokens to read and {calls * new:,} to write")
-    return "\n  ".join(["Plan", *lines, f"{s.rounds} rounds in {out}: up to {size:,.0f} MB, {free:,.0f} MB are free"])
+    size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)
+    free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
+    if free < size:
+        raise ValueError(f"{out} may grow to {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
+    return "\n  ".join(["Plan", *lines, f"up to {size / 1e6:,.1f} MB in {out}"])
 
 
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
@@ -711,39 +731,38 @@ def tree_name(domain: str) -> str:
 def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
     """{untrained, trained} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
-    A row is saved when it is done, and not done again by --resume. The report shows the first domain and seed.
+    The untrained editor is the solver itself. All rows see the same splits and batches. Table and report are saved
+    after each row; the report shows the first domain under the last seed.
     """
-    file, runs = out / "compare.md", {}
     head = "| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |"
-    table = file.read_text(encoding="utf-8").splitlines() if s.resume and file.exists() else [head, "|---" * 6 + "|"]
+    table, runs = [head, "|---" * 6 + "|"], {}
     print("\n".join(table), flush=True)
-    rows = [(label, model, method, search_rule(task, method, search)) for label, model in
-            (("untrained", copy(solver)), ("trained", editor))  # a copy counts for itself
-            for method, search in [("lse", "chain"), ("lse", "best"), *((m, "ucb") for m in methods(task))]]
-    for i, (label, model, method, search) in enumerate(rows):
-        name, calls, means = f"{label} | {method} ({search})", solver.calls, {d: [] for d in domains}
-        sample = out / "trees" / f"{tree_name(f'{domains[0]} {label} {method} {search}')}.json"
-        if i + 2 == len(table):
+    for label, model in (("untrained", copy(solver)), ("trained", editor)):  # a copy counts for itself
+        for method, search in [("lse", "chain"), ("lse", "best"), *((method, "ucb") for method in methods(task))]:
+            name = f"{label} | {method} ({search_rule(task, method, search)})"
+            calls, means = solver.calls, {d: [] for d in domains}  # per seed: holdout best, test, test of the seed
             for seed in range(s.seed, s.seed + s.seeds):
                 own = replace(s, seed=seed)
                 trees = plant(task, domains, solver, own)
                 evolve_all(task, trees, solver, model, own, search, method, progress=f"{name}, seed {seed}")
-                trees[domains[0]].save(sample)
                 tested = final_test(task, trees, solver, own) if s.test else dict.fromkeys(trees, ())
                 for d, tree in trees.items():
                     means[d].append((tree.best().score, *(fmean(scores) for scores in tested[d][::-1])))
-            columns = zip(*[[fmean(column) for column in zip(*seeds)] for seeds in means.values()])
+            runs[name] = trees[domains[0]]
+            columns = zip(*([fmean(column) for column in zip(*seeds)] for seeds in means.values()))
             cells = ["{:.3f} ± {:.3f}".format(*mean_error(column)) for column in columns] + ["–", "–"]
             table.append(f"| {name} | {' | '.join(cells[:3])} | {(solver.calls - calls) // s.seeds:,} |")
             print(table[-1], flush=True)
-            write_text(file, "\n".join(table) + "\n")
-        runs[name] = EvolutionTree.load(sample)
-    write_report(out / "report.html", runs, f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}")
+            write_text(out / "compare.md", "\n".join(table) + "\n")
+            write_report(out / "report.html", runs, f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}")
     print(f"Saved in {out}: compare.md, report.html.")
 
 
 def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out: Path) -> None:
-    """Save, then say what came out: the optimistic and the honest number, the cost, the trees."""
+    """Save, then say what came out: the optimistic and the honest number, the cost, the trees.
+
+    Gains are paired: before and after are the same problems, so that hard ones do not count as noise.
+    """
     parts = {"holdout": {d: (tree.nodes[0].scores, tree.best().scores) for d, tree in trees.items()}}
     parts |= {"test": final_test(task, trees, solver, s)} if s.test else {}
     results, text = {"config": asdict(s), "instructions": {d: t.best().instructions for d, t in trees.items()}}, ""
@@ -751,18 +770,18 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
         means = {d: [fmean(scores) for scores in pair] for d, pair in pairs.items()}  # domain -> [before, after]
         over, of = (means.values(), "domains") if len(means) > 1 else (zip(*[*pairs.values()][0]), "problems")
         (gain, error), (before, after) = mean_error([b - a for a, b in over]), map(fmean, zip(*means.values()))
-        results[part] = {"seed": before, "best": after, "gain": gain, "stderr": None if math.isnan(error) else error,
-                         "domains": means}
+        stderr = None if math.isnan(error) else error
+        results[part] = {"seed": before, "best": after, "gain": gain, "stderr": stderr, "domains": means}
         remark = "optimistic: the search chose by it" if part == "holdout" else "never touched before"
         text += (f"{part.capitalize()} ({remark}): {before:.3f} -> {after:.3f}, "
                  f"gain {gain:+.3f} ± {error:.3f} (paired, over {of})\n")
     results["cost"] = {role: {"answers": m.calls, "tokens read": m.prompt_tokens, "tokens written": m.completion_tokens}
                        for role, m in (("solver", solver), ("editor", editor))}
     write_text(out / "results.json", json.dumps(results, indent=1))
-    write_report(out / "report.html", dict(list(trees.items())[:20]), f"{s.task}: {s.method}")
-    for d, tree in list(trees.items())[: 3 if len(trees) <= 3 else 1]:
-        best = clean(tree.best().instructions) or "(empty)"
-        print(f"\n{clean(d)} (* leads to the best node)\n{tree_text(tree)}\nBest instructions:\n{best}\n")
+    write_report(out / "report.html", dict([*trees.items()][:20]), f"{s.task}: {s.method}")
+    for d, tree in [*trees.items()][: 3 if len(trees) <= 3 else 1]:
+        print(f"\n{clean(d)} (* leads to the best node)\n{tree_text(tree)}\nBest instructions:\n"
+              f"{clean(tree.best().instructions) or '(empty)'}\n")
     print(f"{text}Cost{' since --resume' * s.resume}: {json.dumps(results['cost'])[1:-1]}\n"
           f"Saved in {out}: trees/, results.json, report.html.")
 
@@ -770,19 +789,20 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
     presets = dict.fromkeys(PRESETS, PRESETS["paper"] | {"test": 0}) if s.paper_protocol else PRESETS
-    s = with_presets(s, presets, remote=is_url(s.solver) and is_url(s.editor))
+    remote = "://" in s.solver and "://" in s.editor
+    if not (remote or s.task == "mini" or torch.cuda.is_available()):
+        print("No GPU here for a local model: what you do not set is a rehearsal's, and nothing can be learned.")
+    s = with_presets(s, presets, remote)
     task, out = load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}-evolve")
     splits = {d: split_problems(task.problems(d), s) for d in pick_domains(task, s.domains)}
     rule = search_rule(task, s.method, s.search)
     solver, editor = load_models(s)
     print(plan(task, splits, solver, editor, s, out), flush=True)
-    open_run(s, out, free=["rounds", "dry_run"], look=s.dry_run)
+    open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
     if s.dry_run:
-        print("A dry run: no model was asked, nothing was written.")
-        return
+        return print("A dry run: no model was asked, nothing was written.")
     if s.compare:
-        compare(task, list(splits), solver, editor, s, out)
-        return
+        return compare(task, list(splits), solver, editor, s, out)
 
     def save(trees: dict[str, EvolutionTree]) -> None:
         for d, tree in trees.items():
@@ -790,15 +810,15 @@ def main(s: Config) -> None:
 
     trees = restore_trees(out / "trees", list(splits)) if s.resume else {}
     if not trees:
-        save(trees := plant(task, list(splits), solver, s))
+        save(trees := plant(task, list(splits), solver, s))  # from here on, a kill costs a round at most
     evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=f"{s.method} {rule}")
     finish(task, trees, solver, editor, s, out)
 
 
 def command_line(config: type, doc: str):
     """The config that the command line asks for. Unknown flags are errors, and so is what breaks a rule of the data."""
-    parser = HfArgumentParser(config, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return config(**vars(parser.parse_args()))
+    layout = argparse.RawDescriptionHelpFormatter
+    return config(**vars(HfArgumentParser(config, description=doc, formatter_class=layout).parse_args()))
 
 
 if __name__ == "__main__":

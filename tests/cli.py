@@ -26,7 +26,8 @@ def in_child(args: list[str], folder: str, env: dict[str, str], rename: int) -> 
         os.dup2(log, stream)
     os.chdir(folder)
     os.environ.update(env)
-    huggingface_hub.constants.HF_HUB_OFFLINE = False  # else not even this machine's own servers could be reached
+    # Offline, huggingface_hub would not even reach this machine's own servers.
+    huggingface_hub.constants.HF_HUB_OFFLINE = env.get("HF_HUB_OFFLINE") == "1"
     replace, renames = os.replace, iter(range(1, 10**6))
 
     def replace_or_die(*paths: str) -> None:
@@ -50,7 +51,7 @@ class Command:
         self.folder = folder
         fork = multiprocessing.get_context("forkserver")
         os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the preloading
-        fork.set_forkserver_preload(["evolve", "cli"])
+        fork.set_forkserver_preload(["evolve", "cli", "pytest"])  # pytest: what the children's parent runs
         self.process = fork.Process(target=in_child, args=([*map(str, args)], str(folder), dict(env), rename))
         self.process.start()
 
