@@ -368,8 +368,9 @@ def reinforce(task, solver, editor, s: Config, out: Path) -> dict:
 def step_text(line: dict) -> str:
     """A log line for people."""
     seconds = line["seconds"]
-    return ("{step:4d}  reward {reward:+.3f}  better {positive:4.0%}  valid {valid:4.0%}  cut {truncated}  flat "
-            "{zero_variance}  entropy {entropy:.2f}  |g| {grad_norm:.3f}  |r-1| {max_ratio_drift:.0e}  ".format(**line) + f"{line['tokens'] / sum(seconds.values()):.0f} tok/s"
+    text = ("{step:4d}  reward {reward:+.3f}  better {positive:4.0%}  valid {valid:4.0%}  cut {truncated}  flat "
+            "{zero_variance}  entropy {entropy:.2f}  |g| {grad_norm:.3f}  |ratio-1| {max_ratio_drift:.0e}")
+    return (text.format(**line) + f"  {line['tokens'] / sum(seconds.values()):.0f} tok/s"
             + "".join(f"  {name} {value:.2f}s" for name, value in seconds.items())
             + "  SKIPPED: the gradient is not finite" * line["skipped"])
 
@@ -550,14 +551,14 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
     }
     if any(faults.values()):
         raise SystemExit(" ".join(sentence for sentence, found in faults.items() if found))
-    # The plan. A score takes `one` answers; a tree that, and per round k problems, an edit and a score.
+    # The plan. A score takes `one` answers, a tree that and, in each round, k problems, an edit and a score.
     one, grown = s.holdout * s.samples, len(train) * (1 + (s.steps - 1) // s.grow_every if s.grow_every else 1)
-    answers = (grown * (one + s.grow_rounds * (s.k + one)) + s.steps * s.states * (s.k + s.group * one)
+    answers = (grown * (one + s.grow_rounds * (s.k + one)) + s.states * (one + s.steps * (s.k + s.group * one))
                + 2 * len(test) * (one + s.rounds * (s.k + one) + 2 * s.test * s.samples))
     edits = grown * s.grow_rounds + s.steps * s.states * s.group + 2 * len(test) * s.rounds
     tokens, speed = answers * solving + edits * editing, world() * (5e13 if torch.cuda.is_available() else 1e10)
-    return (f"Plan: {answers:,} answers and {edits:,} edits, at most {tokens / 1e6:,.1f} M tokens; {room / 1e6:,.0f} MB "
-            f"of disk; very roughly {2 * weights * tokens / speed / 60:,.0f} minutes.")
+    return (f"Plan: at most {answers:,} answers, {edits:,} edits and {tokens / 1e6:,.1f} M tokens; {room / 1e6:,.0f} MB of "
+            f"disk; very roughly {2 * weights * tokens / speed / 60:,.0f} minutes.")
 
 
 def main(s: Config) -> dict | None:
