@@ -377,11 +377,11 @@ def step_text(line: dict) -> str:
 
 def show_edit(batch: dict, states: list[dict]) -> str:
     """One sampled edit in words, with the score before and after it."""
-    new, old, after = batch["edits"][0][0], states[0], float(batch["after"][0, 0])
-    new = new if new is not None else f"INVALID: {batch['samples'][0][0].text}"
-    flat = [evolve.clean(" / ".join(text.splitlines()))[:300] or "(empty)" for text in (old["instructions"], new)]
-    return (f"\n   an edit for {old['domain']}, holdout {old['score']:.2f} -> {after:.2f}\n     old: {flat[0]}"
-            f"\n     new: {flat[1]}")
+    old, new, after = states[0], batch["edits"][0][0], float(batch["after"][0, 0])
+    new, score = (new, f"{after:.2f}") if new is not None else (batch["samples"][0][0].text, "invalid")
+    old_text, new_text = (evolve.clean(" / ".join(text.split("\n")))[:300] for text in (old["instructions"], new))
+    return (f"\n   an edit for {old['domain']}, holdout {old['score']:.2f} -> {score}\n     old: {old_text or '(empty)'}"
+            f"\n     new: {new_text}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def print_results(results: dict, trees: dict, out: Path) -> None:
     trained, (domain, tree) = results["trained"], next(iter(trees.items()))
     print(f"\nThe evolution of {domain} with the trained editor (* leads to the best node)\n{evolve.tree_text(tree)}\n"
           f"Its best instructions:\n{evolve.clean(tree.best().instructions) or '(empty)'}\n\n"
-          f"Test accuracy on {trained['domains']} unseen domains (mean ± s.e. over domains)\n"
+          f"Test accuracy, domains that training never saw: {trained['domains']} (mean ± s.e. over domains)\n"
           f"  seed instructions   {trained['seed_instructions']:.3f}")
     for name in ("untrained", "trained"):
         error = results[name]["stderr"]

@@ -1,4 +1,4 @@
-"""Nothing is lost: training that is killed, interrupted, or meets a full disk or a torn file goes on as if it had not."""
+"""Nothing is lost: training that is killed, interrupted, or meets a full disk or a torn file ends as if it had not."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def small(monkeypatch, base):
 
 
 def test_killed_before_or_after_any_file_appears(small, monkeypatch, tmp_path):
-    """Every file comes into being by one os.replace. Kill right before and right after it: nothing is lost or doubled."""
+    """Every file comes into being by one os.replace. Killed right before or after it, nothing is lost or doubled."""
     small(tmp_path / "whole")
     real, calls = os.replace, []
 
