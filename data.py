@@ -92,16 +92,16 @@ def extract_tag(text: str, tag: str) -> str | None:
     True
     """
     name = re.escape(tag)
-    pairs = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, re.DOTALL | re.IGNORECASE)
+    pairs = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, re.DOTALL | re.IGNORECASE | re.ASCII)
     return pairs[-1].strip() if pairs else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The miniature: databases with a hidden glossary
 # ---------------------------------------------------------------------------------------------------------------------
-# BIRD at 1/30,000 of the size. A domain is a real SQLite table with columns c0..c7; its users ask for "profit" or "rank",
-# and only a hidden glossary says which column that is. What instructions can carry is exactly this knowledge: lines of
-# "word column". The seed instructions are empty, so the solver starts at zero and every point is an edit's doing.
+# BIRD, very small. A domain is a real SQLite table with columns c0..c7; its users ask for "profit" or "rank", and only a
+# hidden glossary says which column that is. What instructions can carry is exactly this knowledge: lines of "word column".
+# The seed instructions are empty, so the solver starts at zero, and every point is an edit's doing.
 
 WORDS = (
     "profit rank price stock margin weight age rating cost score sales tax "
@@ -169,13 +169,13 @@ class Mini:
     def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
         # The word asked for is the last token before the answer, which restates it: that is what lets a three-layer
         # model learn to look it up (an induction head).
-        return [{"role": "system", "content": "solve"}, {"role": "user", "content": f"{instructions} {problem.question}"}]
+        question = f"{instructions} {problem.question}"
+        return [{"role": "system", "content": "solve"}, {"role": "user", "content": question}]
 
     def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
-        graded = [
-            f"question {a.question} gold {a.gold} answer {a.answer} {'correct' if a.correct else 'wrong'}" for a in summary
-        ]
-        return [{"role": "system", "content": "edit"}, {"role": "user", "content": f"{instructions} " + " ".join(graded)}]
+        graded = [f"question {a.question} gold {a.gold} answer {a.answer} {'correct' if a.correct else 'wrong'}"
+                  for a in summary]
+        return [{"role": "system", "content": "edit"}, {"role": "user", "content": " ".join([instructions, *graded])}]
 
     def read_edit(self, text: str) -> str | None:
         """New instructions as stored: one line per word. None if the tags are missing or hold no entry."""
@@ -183,13 +183,12 @@ class Mini:
         return "\n".join(f"{word} {column}" for word, column in glossary.items()) or None
 
     def rows(self, domain: str, sql: str) -> list | None:
-        """The result of one query on the domain's database, None on any error. Read-only: the authorizer refuses."""
+        """The result of one query on the domain's database, None on any error."""
         if domain not in self.databases:
             rng, db = random.Random(domain), sqlite3.connect(":memory:", check_same_thread=False)
             db.execute(f"CREATE TABLE t (id, {', '.join(COLUMNS)})")
             db.executemany(f"INSERT INTO t VALUES ({'?,' * 8}?)", [(i, *rng.choices(range(1000), k=8)) for i in ROWS])
-            allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-            db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
+            db.set_authorizer(self.authorize)
             db.set_progress_handler(lambda: 1, 100_000)  # any query that takes longer is aborted
             self.databases[domain] = db
         if (domain, sql) not in self.results:
@@ -198,6 +197,13 @@ class Mini:
             except (sqlite3.Error, sqlite3.Warning, ValueError):
                 self.results[domain, sql] = None
         return self.results[domain, sql]
+
+    @staticmethod
+    def authorize(action: int, _: str | None, function: str | None, *__: str | None) -> int:
+        """Model-written SQL may read, and call three functions, nothing else."""
+        harmless = action == sqlite3.SQLITE_FUNCTION and function.upper() in QUESTIONS.values()
+        reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
+        return sqlite3.SQLITE_OK if reads or harmless else sqlite3.SQLITE_DENY
 
     def grade(self, problem: Problem, response: str) -> Grade:
         sql = extract_tag(response, "answer") or ""
@@ -211,8 +217,9 @@ def mini_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = "<unk> solve edit question gold answer correct wrong none item SELECT FROM t WHERE id = SUM MAX MIN ( )".split()
-    words += ["<answer>", "</answer>", "<prompt>", "</prompt>", *QUESTIONS, *map(str, ROWS), *COLUMNS, *WORDS]
+    words = "<unk> solve edit question gold answer correct wrong none item SELECT FROM t WHERE id = SUM MAX MIN ( )"
+    words += " <answer> </answer> <prompt> </prompt>"
+    words = [*words.split(), *QUESTIONS, *map(str, ROWS), *COLUMNS, *WORDS]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -263,14 +270,18 @@ def solve_row(rng: random.Random, size: int, questions: int = 8) -> list[dict]:
     for turn in range(questions):
         question = mini_question(rng, rng.choice(words))
         content = f"{lines(glossary)} {question}" if turn == 0 else question
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": mini_answer(question, glossary)}]
+        answer = mini_answer(question, glossary)
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
 
 
 def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, known: int = 8) -> list[dict]:
-    """An editor chat and one edit of it. A clean edit keeps every entry and adds all that the gold answers teach; a noisy
-    one has a quality of its own: how much it keeps and adds, whether it trusts gold and repairs conflicts; and three of
-    four stop after three lines. What the base does most often is therefore mediocre, and what is better is in it."""
+    """An editor chat and one edit of it.
+
+    A clean edit keeps every entry and adds all that the gold answers teach. A noisy one has a quality of its own: how
+    much it keeps and adds, whether it trusts gold and repairs conflicts; and three of four stop after three lines. What
+    the base does most often is therefore mediocre, and what is better is in it.
+    """
     truth = dict(zip(rng.sample(WORDS, 8), rng.sample(COLUMNS, 8)))
     known = dict(rng.sample(sorted(truth.items()), rng.randint(0, known)))
     if noisy:  # wrong entries, and words that nobody asks about
@@ -390,9 +401,9 @@ def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[boo
     return _ask_worker(db, gold, None, timeout)
 
 
-@functools.lru_cache(maxsize=None)
-def _idle_workers(pid: int) -> list[subprocess.Popen]:
-    """The worker processes of process `pid` that wait for work. By pid: a fork must not write to its parent's pipes."""
+@functools.cache
+def _idle_workers() -> list[subprocess.Popen]:
+    """The worker processes that wait for work, the one list of this process."""
     return []
 
 
@@ -412,8 +423,8 @@ def _start_worker() -> subprocess.Popen:
 
 def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
     """One request to an idle or a new worker: (verdict, feedback), or without `gold` (ran, pickled result or error)."""
-    idle, worker = _idle_workers(os.getpid()), None
-    while worker is None or worker.poll() is not None:
+    idle, worker = _idle_workers(), None
+    while worker is None or worker.poll() is not None:  # it died, or this is a fork, which must not use its parent's
         try:
             worker = idle.pop()
         except IndexError:
@@ -444,6 +455,8 @@ def sql_worker() -> None:
     may grow by 96 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
     temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
     """
+    import sqlglot  # noqa: F401 - here, so that the first wrong query need not load it within its time limit
+
     ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
     logging.disable()  # sqlglot would warn on stderr
     sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
@@ -463,7 +476,7 @@ def sql_worker() -> None:
 
 
 def _grow_by(extra: int | None) -> int:
-    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns the bytes in use, 0 if unknown."""
+    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns bytes in use, 0 if unknown."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -683,7 +696,7 @@ class Bird:
         self.train: set[str] = set()  # the databases of the train archive
         self._entries: dict[str, list[tuple[int, dict]]] = {}  # database -> its entries with their place in the file
         self._problems: dict[str, list[Problem]] = {}
-        self._schema = functools.lru_cache(maxsize=None)(schema_text)
+        self._schema = functools.cache(schema_text)
         for file in find_bird_files(Path(path)):
             self._read(file)
         if not self.files:

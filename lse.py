@@ -26,6 +26,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -59,6 +61,28 @@ class Sample:
     ids: Tensor | None  # (T,) on the CPU; None for a remote model
     prompt_ids: Tensor | None  # (P,)
     truncated: bool  # no EOS within max_new_tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for what will be sampled.
+
+    A DynamicLayer copies all it holds at every new token: behind a long prompt, half of the time to sample. This one
+    is copied once, from `layer`, whose row `owner[i]` becomes row i.
+    """
+
+    def __init__(self, layer: DynamicLayer, owner: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.stores = [F.pad(old[owner], (0, 0, 0, room)) for old in (layer.keys, layer.values)]  # (rows, heads, L, d)
+        self.keys, self.values = (store[:, :, : layer.keys.shape[2]] for store in self.stores)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for store, new in zip(self.stores, (key_states, value_states)):
+            store[:, :, start:end] = new
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        return self.keys, self.values
 
 
 class LocalModel:
@@ -94,15 +118,18 @@ class LocalModel:
         role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
         the template's own control strings are cut out.
         """
+        # Half a surrogate pair, which a server's JSON may carry, has no UTF-8: it becomes a question mark.
+        chat = [message | {"content": message["content"].encode(errors="replace").decode()} for message in chat]
         contents = "".join(message["content"] for message in chat)
         found = sorted(set(self.controls.findall(contents)))
         if not found:
             return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
         mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in contents)  # a private-use character
-        safe = [
-            m | {"content": self.controls.sub(lambda hit: f"{mark}{found.index(hit[0])}{mark}", m["content"])}
-            for m in chat
-        ]
+
+        def hide(hit: re.Match) -> str:
+            return f"{mark}{found.index(hit[0])}{mark}"
+
+        safe = [message | {"content": self.controls.sub(hide, message["content"])} for message in chat]
         forged = self.tokenizer.convert_tokens_to_ids(found)  # a vocabulary of whole words cannot spell them: dropped
         ids = []
         for i, piece in enumerate(self.controls.split(self.render(safe))):  # text, control, text, ..., text
@@ -114,10 +141,8 @@ class LocalModel:
                 ids += [token for token in plain if token not in forged]
         return ids
 
-    def sample(
-        self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
-        top_p: float = 1.0, top_k: int = 0
-    ) -> list[list[Sample]]:  # fmt: skip
+    def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
+               top_p: float = 1.0, top_k: int = 0) -> list[list[Sample]]:
         """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once.
 
         `top_k=0` and `top_p=1` cut nothing off; leave them so when the samples are to be learned from, since
@@ -167,8 +192,8 @@ class LocalModel:
         """One batch. What is common is prefilled once: the prefix of all rows, then the rest of every distinct prompt.
 
         Layout of a row: prefix, rest, padding, last prompt token. Padding that follows needs no mask while prefilling;
-        later the mask hides it, and positions count real tokens only. The last token is left to `generate`, which must
-        start from one.
+        later the mask hides it, and positions count real tokens only (behind a sliding window, padding counts as well).
+        The last token is left to `generate`, which must start from one.
         """
         model, device = self.model, self.model.device
         distinct = sorted(set(rows))
@@ -195,8 +220,11 @@ class LocalModel:
                 cache.batch_select_indices(torch.zeros_like(lengths))
             if rest.shape[1]:
                 model(rest, past_key_values=cache, logits_to_keep=1)
-            if prefix + rest.shape[1]:
-                cache.batch_select_indices(owner)
+            for i, layer in enumerate(cache.layers if prefix + rest.shape[1] else []):
+                if type(layer) is DynamicLayer:
+                    cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
+                else:  # a sliding window, say: it stays small by itself
+                    layer.batch_select_indices(owner)
             out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
         finally:
             model.generation_config = config
@@ -222,8 +250,9 @@ class RemoteModel:
 
     base_url: "http(s)://host/v1". model: its name there; None takes the first that GET /v1/models lists.
     api_key: default $LSE_API_KEY, else $OPENAI_API_KEY; never printed, and cut out of error messages.
-    timeout: seconds without a byte. concurrency: requests in flight. extra: more fields for every request.
-    retries, backoff: what may pass (429, 5xx, timeout, lost connection, unreadable or empty reply) is tried again up to
+    timeout: seconds without a byte. concurrency: requests in flight.
+    extra: more fields for every request; one that is None is not sent.
+    retries, backoff: what may pass (429, 5xx, timeout, lost connection, unreadable reply) is tried again up to
     `retries` times, after about backoff * 2^attempt seconds or what Retry-After asks for, never more than a minute.
     Counts `calls` (responses received) and, as the server reports them, `prompt_tokens` and `completion_tokens`.
     Raises ConnectionError with the server's own message when it gives up.
@@ -231,89 +260,81 @@ class RemoteModel:
 
     def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *, timeout: float = 600.0,
                  concurrency: int = 16, retries: int = 5, backoff: float = 1.0, extra: dict | None = None) -> None:
-        key = (api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not re.fullmatch("[!-~]*", key):  # the HTTP library would refuse it, and quote it
-            raise ValueError("the API key holds a space, a line break or a non-ASCII character: set LSE_API_KEY again")
-        if not re.fullmatch(r"https?://[^\s@]+", base_url):  # with an @ it would hold a password
-            raise ValueError("a server's URL looks like http://host:8000/v1; a key goes into LSE_API_KEY, not in here")
+        # "no-key", because without any key InferenceClient would send this machine's Hugging Face token to the server.
+        key = (api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key").strip()
+        # The HTTP library would refuse such a key, and quote it; a URL with an @ holds a password.
+        if not re.fullmatch("[!-~]+", key) or not re.fullmatch(r"https?://[^\s@]+", base_url):
+            raise ValueError("the URL looks like http://host:8000/v1, and the key is one ASCII word in LSE_API_KEY")
         self.base_url = base_url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
-        # Without a key, InferenceClient would send this machine's Hugging Face token to whatever server it talks to.
-        self._key, self.timeout, self.concurrency = key or "no-key", timeout, concurrency
-        self._client = InferenceClient(base_url=self.base_url, api_key=self._key, timeout=timeout)
+        self._client = InferenceClient(base_url=self.base_url, api_key=key, timeout=timeout)
+        self._key, self.timeout, self.concurrency = key, timeout, concurrency
         self.retries, self.backoff, self.extra = retries, backoff, extra or {}
         self.calls = self.prompt_tokens = self.completion_tokens = 0
-        self._lock, self._refused = Lock(), set[str]()  # settings that this model has turned down
-        self.model = model or ""
-        self.model = model or self._ask(None, {})
+        self._lock, self._refused = Lock(), set[str]()  # refused: settings that the model has turned down
+        self.model = model or self._ask({})
 
-    def __repr__(self) -> str:
-        return f"{self.model or 'the first model'} at {self.base_url}"
-
-    def sample(self, chats: list[list[dict[str, str]]], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
+    def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
                top_p: float = 1.0, top_k: int = 0) -> list[list[Sample]]:
-        """n samples for each chat, in order; temperature 0 is greedy. top_k = 0 is not sent: OpenAI has no top_k."""
-        body = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k or None}
+        """n samples for each chat, in order; temperature 0 is greedy. top_k = 0 is not sent: OpenAI has no top_k.
 
-        def answers(chat: list[dict[str, str]]) -> list[Sample]:
-            samples: list[Sample] = []
-            while left := n - len(samples):  # a server that ignores n sends one choice at a time
-                samples += self._ask(chat, {**body, "n": left if left > 1 else None, **self.extra})[:left]
-            return samples
+        Each sample is a request of its own, since not every server knows OpenAI's n.
+        """
+        body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                "top_k": top_k or None, "stream": False, **self.extra}
+        with ThreadPoolExecutor(self.concurrency) as pool:  # an error cancels the requests that have not begun
+            found = list(pool.map(self._ask, [{**body, "messages": chat} for chat in chats for _ in range(n)]))
+        return [found[i * n : (i + 1) * n] for i in range(len(chats))]
 
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(answers, chats))  # an error cancels the chats that have not begun
+    def _ask(self, body: dict[str, Any]) -> Any:
+        """One chat completion, retried: a Sample. For an empty body the name of the first model that the server lists.
 
-    def _ask(self, chat: list[dict[str, str]] | None, body: dict) -> Any:
-        """One request, retried: a list of Samples, at least one; for chat None the name of the server's first model."""
+        GPT-5 turns down a temperature: a setting that a 400 names is left out from then on, with a warning.
+        """
+        url = f"{self.base_url}/{'chat/completions' if body else 'models'}"
         for attempt in range(self.retries + 1):
+            sent = {name: value for name, value in body.items() if name not in self._refused and value is not None}
             if "max_tokens" in self._refused:  # the name that OpenAI's reasoning models insist on
-                body = {"max_completion_tokens": body.get("max_tokens"), **body}
-            body = {name: value for name, value in body.items() if name not in self._refused and value is not None}
+                sent["max_completion_tokens"] = body["max_tokens"]
             try:
-                return self._complete(chat, body) if chat is not None else self._first_model()
-            except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last three: odd JSON
+                return self._complete(sent) if body else self._first_model()
+            except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last four: odd JSON
                 # huggingface_hub stumbles over an error body that is no JSON object: the response is one level down
                 response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
-                said = getattr(error, "server_message", None) or (response.text if response else str(error))
-                said = f"{said or type(error).__name__} {getattr(error, 'doc', '')}"  # doc: the JSON that is none
-            status, after = (response.status_code, response.headers.get("retry-after", "")) if response else (0, "")
-            message = f"{status or 'no usable answer'}: {said.replace(self._key, '***').strip()[:500]}"
-            # GPT-5 turns down a temperature, Claude an n: leave out the setting that a 400 names, and say so.
-            named = [name for name in ("top_k", "top_p", "n", "temperature", "max_tokens")
-                     if status == 400 and name in body and re.search(rf"\b{name}\b", message)]
-            if named:
+                status, after, said = 0, "", f"{error or type(error).__name__} {getattr(error, 'doc', '')}"
+                if response is not None:
+                    status, after = response.status_code, response.headers.get("retry-after", "")
+                    with suppress(ValueError):  # str(json): without JSON's escapes, in which the key might hide
+                        said = str(response.json())
+            message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
+            named = [name for name in ("max_tokens", "temperature", "top_p", "top_k") if name in sent and name in said]
+            if named and status == 400:
                 self._refused.add(named[0])
-                warnings.warn(f"{self} turns down {named[0]}, so it is left out ({message})", stacklevel=2)
+                warnings.warn(f"{self.model} turns down {named[0]}, so it is left out ({message})", stacklevel=2)
             elif 400 <= status < 500 and status not in (408, 409, 425, 429):
-                break
+                break  # it cannot pass
             elif attempt < self.retries:  # jitter of its own making: retries must not move a seeded run
-                wait = max(self.backoff * 2**attempt * (0.5 + random.SystemRandom().random()),
-                           float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0)
-                time.sleep(min(wait, 60.0))
-        hint = {401: "put a valid key into LSE_API_KEY", 403: "put a key that may use this model into LSE_API_KEY",
-                404: "check the URL (it ends in /v1) and the model's name", 400: "change the request or the model"}
-        do = hint.get(status, "see that the server is up and not overloaded, then run again")
-        raise ConnectionError(f"{self} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: {do}")
+                wait = self.backoff * 2**attempt * random.SystemRandom().uniform(0.5, 1.5)
+                time.sleep(min(max(wait, int(after) if after.isdecimal() else 0), 60.0))
+        raise ConnectionError(f"{url} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: see that "
+                              "the server is up, check URL, model name, settings, and the key in LSE_API_KEY")
 
-    def _complete(self, chat: list[dict[str, str]], body: dict) -> list[Sample]:
-        """The usable choices of one request, counted. ValueError, with the reply, if there are none."""
-        reply = self._client.chat_completion(chat, model=self.model, extra_body=body)
-        usage, choices = reply.get("usage") or {}, [(c["message"]["content"], c["finish_reason"] == "length")
-                                                    for c in reply.get("choices") or []]
-        # Cut off while still reasoning: no content, yet an answer. A lone surrogate could be neither saved nor sent on.
-        samples = [Sample((text or "").encode("utf-8", "replace").decode(), None, None, cut)
-                   for text, cut in choices if isinstance(text, str) or cut]
+    def _complete(self, body: dict[str, Any]) -> Sample:
+        """One request, counted. Without content (still reasoning at the limit, or filtered) the answer is empty."""
+        rest = {name: value for name, value in body.items() if name not in ("messages", "model")}
+        reply = self._client.chat_completion(body["messages"], model=body["model"], extra_body=rest)
+        if not reply.get("choices"):
+            raise ValueError(f"a reply without choices: {dict(reply)}")
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
         with self._lock:
-            self.calls += len(samples)
+            self.calls += 1
             self.prompt_tokens += usage.get("prompt_tokens") or 0
             self.completion_tokens += usage.get("completion_tokens") or 0
-        if not samples:
-            raise ValueError(f"a reply without text: {dict(reply)}")
-        return samples
+        return Sample(text.encode("utf-8", "replace").decode(), None, None, cut)  # lone surrogates cannot be saved
 
     def _first_model(self) -> str:
-        reply = get_session().get(f"{self.base_url}/models", headers={"Authorization": f"Bearer {self._key}"},
-                                  timeout=self.timeout)
+        headers = {"Authorization": f"Bearer {self._key}"}
+        reply = get_session().get(f"{self.base_url}/models", headers=headers, timeout=self.timeout)
         hf_raise_for_status(reply)
         return reply.json()["data"][0]["id"]
 
@@ -454,10 +475,8 @@ def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tenso
     raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score, line, node or batch.")
 
 
-def policy_loss(
-    logprobs: Sequence[Tensor], advantages: Sequence[float] | Tensor, n_tokens: int,
-    old_logprobs: Sequence[Tensor] | None = None, clip: float = 0.2
-) -> Tensor:  # fmt: skip
+def policy_loss(logprobs: Sequence[Tensor], advantages: Sequence[float] | Tensor, n_tokens: int,
+                old_logprobs: Sequence[Tensor] | None = None, clip: float = 0.2) -> Tensor:
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
     `n_tokens` counts the response tokens of the WHOLE batch, so the losses of its micro-batches add up. Every token
@@ -549,9 +568,8 @@ class EvolutionTree:
         self.c, self.rounds, self.nodes = c, 0, []  # rounds: N, the selections so far
         self.add(None, instructions, score, scores, summary)
 
-    def add(
-        self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None, note=""
-    ) -> Node:
+    def add(self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None,
+            note: str = "") -> Node:
         """Attach an edit. A score of None or NaN records an invalid one, with the reason in `note`."""
         parent = parent.id if isinstance(parent, Node) else parent
         if self.nodes and parent not in range(len(self.nodes)):

@@ -76,7 +76,7 @@ class Config(Settings):
 
 # What a training field left at None becomes: the miniature's, tuned on its dev domains; the paper's; and a rehearsal.
 TRAIN_PRESETS = {
-    "mini": dict(steps=80, states=24, group=4, lr=4e-4, grow_every=20, grow_rounds=10),
+    "mini": dict(steps=120, states=24, group=4, lr=4e-4, grow_every=20, grow_rounds=10),
     "paper": dict(steps=500, states=32, group=4, lr=1e-5, grow_every=0, grow_rounds=20),
     "rehearsal": dict(steps=2, states=2, group=2, lr=1e-5, grow_every=0, grow_rounds=2),
 }

@@ -4,8 +4,9 @@
     python tests/bench_learner.py --hidden 64 --repeats 3      the small model only: about a minute
     python tests/bench_learner.py --shapes 2048/64 --groups 8  one line per model
 
-One prompt, G responses of fixed length, random weights. "sample" is what it takes to draw them, "learn" one forward and
-backward of the loss, "MB" the peak of resident memory above the start of "learn" (Linux). Times are medians.
+One prompt, G responses of fixed length, random weights. "sample" is what it takes to draw them, "learn" one forward
+and backward of the loss, "MB" the peak of resident memory above the start of "learn" (Linux). Times are medians of
+processor seconds, so that other work on the machine disturbs them little.
 """
 
 import argparse
@@ -89,19 +90,19 @@ def status(field: str) -> float:
 
 
 def measure(sample, learn, model) -> tuple[float, float, float]:
-    """Seconds to sample, seconds to learn, peak MB while learning."""
-    start = time.perf_counter()
+    """Processor seconds to sample and to learn, peak MB while learning."""
+    start = time.process_time()
     drawn = sample()
-    sampled = time.perf_counter()
+    sampled = time.process_time()
     linux = sys.platform == "linux"
     if linux:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = status("VmRSS")
-    begin = time.perf_counter()
+    begin = time.process_time()
     learn(drawn)
-    end = time.perf_counter()
+    end = time.process_time()
     peak = status("VmHWM") - before if linux else float("nan")
     model.zero_grad()
     return sampled - start, end - begin, peak

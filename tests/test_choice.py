@@ -83,7 +83,8 @@ def test_choice_letter_reads_the_raw_spellings():
 @pytest.mark.parametrize(
     "fixed, letter",
     [("", "B"), (None, "B"), ("2", "C"), (2, "C"), ("D", "D"), (" D ", "D"), ("d", "D"), ("1, 3", "B"), ("A,C", "B"),
-     ("2 and 3", "B"), ("4", "B"), ("E", "B"), ("6", "B"), ("-1", "B"), ("depends", "B"), ("AB", "B"), ("²", "B")],
+     ("2 and 3", "B"), ("4", "B"), ("E", "B"), ("6", "B"), ("-1", "B"), ("depends", "B"), ("AB", "B"),
+     ("²", "B"), ("٣", "B")],
 )  # fmt: skip
 def test_correct_answer_wins_only_if_it_is_one_option(fixed: object, letter: str):
     assert choice_letter(record(error_type="wrong_groundtruth", correct_answer=fixed)) == letter

@@ -61,7 +61,7 @@ def test_contains(tmp_path: Path, gold: str, said: str, correct: bool):
         (10, None, "10²", False), (5, None, "5½", False), (5, None, "5e9999", False),
         (5, None, "5" + " " * 1000 + "6", False), (5, None, "5" + "0" * 500, False),
         (1, None, "1 000", False), (1234, None, "1,23,4", False), (0, None, "NaN", False), (1, None, "inf", False),
-        (3, None, "٣", False),
+        (3, None, "٣", False), (0.75, None, "1.5/2", False),
     ],
 )  # fmt: skip
 def test_number(tmp_path: Path, gold: object, tolerance: object, said: str, correct: bool):

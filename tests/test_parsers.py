@@ -14,7 +14,7 @@ from data import (
     LETTERS, Choice, Jsonl, OwnProblem, Problem, choice_letter, extract_tag, gold_letter, read_letter, read_number,
 )  # fmt: skip
 
-settings.register_profile("here", deadline=None)  # a busy machine is no failure
+settings.register_profile("here", deadline=None)
 settings.load_profile("here")
 
 # Every character there is, lone surrogates (Cs) included, mixed with the pieces that matter.
@@ -78,10 +78,10 @@ def test_nested_repeated_and_fenced_tags():
     "<answer>" * 20_000 + "</answer>" * 20_000, "<answer>" + " " * 200_000 + "</answer>",
 ], ids=["openings", "closings", "unclosed", "brackets", "nested", "blanks"])  # fmt: skip
 def test_long_hostile_text_takes_no_time(text: str):
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine is no failure
     found = extract_tag(text, "answer")
     read_letter(found or text, 4), read_number(found or text)
-    assert time.perf_counter() - start < 2  # measured: at most 0.1 s; quadratic time would be minutes
+    assert time.process_time() - start < 2  # quadratic time would be minutes
 
 
 @given(st.one_of(TEXTS, st.text(CHARACTERS)), st.integers(2, 26))
@@ -109,6 +109,8 @@ def test_read_letter_reads_every_letter(letter: str, form: str):
 @example("9" * 10_000)
 @example("1e999")
 @example("0" * 399 + "12")
+@example("1.5/2")
+@example("1e5/2")
 def test_read_number_reads_the_only_digits_there_are(text: str):
     number = read_number(text)
     if number is None:

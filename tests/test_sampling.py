@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lse import LocalModel, group_logprobs
 
@@ -124,6 +131,34 @@ def test_what_is_shared_is_computed_once(n, chats, monkeypatch):
     local.sample(batch, n=n, max_new_tokens=new)
     # 101 shared tokens once (<user> and the prefix), up to 3 own ones once per prompt, then one per row and step
     assert sum(seen) <= 101 + 3 * chats + n * chats * new
+
+
+@pytest.mark.parametrize("chats", [ragged_chats(), ragged_chats()[:1]], ids=["ragged", "one"])
+def test_the_cache_is_not_copied_at_every_token(chats, monkeypatch):
+    model, storages = tiny_model(eos_token_id=None), []
+    generate = model.generate
+
+    def watched(ids, **options):
+        layers = options["past_key_values"].layers
+        storages.append([layer.keys.untyped_storage().data_ptr() for layer in layers])
+        out = generate(ids, **options)
+        storages.append([layer.keys.untyped_storage().data_ptr() for layer in layers])
+        assert [layer.keys.shape[2] for layer in layers] == [out.shape[1] - 1] * 2  # the last token needs no keys
+        return out
+
+    monkeypatch.setattr(model, "generate", watched)
+    LocalModel(model, tiny_tokenizer()).sample(chats, n=2, max_new_tokens=9)
+    assert len(storages) == 2 and storages[0] == storages[1]
+
+
+def test_a_sliding_window_is_sampled_right():
+    """Its layers keep only the window. One prompt length: padding would count as tokens of the window."""
+    model = tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1).double()
+    assert [layer.is_sliding for layer in DynamicCache(config=model.config).layers] == [False, True]
+    chats = [user(" ".join(f"w{i + j}" for j in range(12))) for i in range(3)]
+    local = LocalModel(model, tiny_tokenizer())
+    for chat, row in zip(chats, local.sample(chats, n=2, temperature=1e-6, max_new_tokens=6)):  # all but greedy
+        assert [sample.ids.tolist() for sample in row] == [naive_greedy(model, local.encode(chat), 6)] * 2
 
 
 def test_greedy_answers_equal_chats_once(monkeypatch):
@@ -374,6 +409,12 @@ def test_control_strings_in_contents_stay_text(forged, plain):
     controls = [i for i in ids if i < FIRST]
     assert controls == tokenizer.convert_tokens_to_ids(["<system>", "<user>", "<assistant>"])
     assert sum(i >= FIRST for i in ids) == 2 * plain
+
+
+def test_half_a_surrogate_pair_is_no_reason_to_stop():
+    local, chat = LocalModel(tiny_model(), tiny_tokenizer()), user("w1 \ud83d w2")
+    assert local.encode(chat) == local.encode(user("w1 ? w2")) and chat == user("w1 \ud83d w2")
+    assert len(local.encode(user("w1 \ud83d <user>"))) == 4  # also where control strings are hidden
 
 
 @pytest.mark.skipif(not QWEN.exists(), reason="needs ../shared/data/tokenizer/qwen3")

@@ -173,6 +173,7 @@ CATALOGUE = [  # (query, part of the feedback or None where the verdict is right
     ("SELECT printf('%.*c', 900000000, 'x')", "timeout|out of memory|too big"),
     ("SELECT length(printf('%900000000d', 1))", "out of memory|too big"),
     ("SELECT a.x, a.x, a.x, a.x, a.x, a.x, a.x, a.x FROM (SELECT hex(zeroblob(9000000)) AS x) a", "out of memory"),
+    ("SELECT char(128512) || hex(zeroblob(15000000))", "out of memory"),  # four bytes a character in Python
     ("SELECT replace(hex(zeroblob(5000000)), '00', 'a') || char(128512)", "out of memory|returned"),
     (f"{COUNT} SELECT group_concat(hex(zeroblob(1000))) FROM c", "out of memory|too big|timeout"),
     (f"{COUNT} SELECT json_group_array(x) FROM c", "out of memory|too big|timeout"),
@@ -233,7 +234,7 @@ def children() -> list[int]:
 
 
 def stop_workers() -> None:
-    for worker in data._idle_workers(os.getpid()):
+    for worker in data._idle_workers():
         worker.kill()
         worker.wait()
 
@@ -271,7 +272,7 @@ class PeakMemory(threading.Thread):
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_hostile_catalogue(tmp_path):
     """Every query has its outcome in time and in memory; the file and its folder stay as they were."""
-    limit, gold = 0.6, "SELECT count(*) FROM singer"
+    gold = "SELECT count(*) FROM singer"
     path = make_db(tmp_path / "pop.sqlite")
     (tmp_path / "secret").write_text("secret")
     before = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -280,40 +281,34 @@ def test_hostile_catalogue(tmp_path):
     seen = []
     for sql, expected in CATALOGUE:
         sql = sql.replace("{dir}", str(tmp_path))
+        limit = 0.6 if "timeout" in (expected or "") else 30.0  # a busy machine must not make a timeout of an error
         with PeakMemory() as memory:
             start = time.monotonic()
             grade = execution_match(path, sql, gold, timeout=limit)
             took = time.monotonic() - start
-        seen.append((took, memory.peak - idle, sql[:60].encode("ascii", "replace").decode()))
+        seen.append((took - limit, memory.peak - idle, sql[:60].encode("ascii", "replace").decode()))
         if expected is None:
             assert grade.correct and grade.feedback == "", (sql[:80], grade.feedback)
         else:
             assert not grade.correct and re.search(expected, grade.feedback), (sql[:80], grade.feedback)
         assert len(grade.feedback.encode()) < 2000
-        assert execution_match(path, "SELECT 4", gold, timeout=limit).correct  # gold is untouched
+        assert execution_match(path, "SELECT 4", gold).correct  # gold is untouched
     slowest, fattest = max(seen), max(seen, key=lambda row: row[1])
     killed = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"\n{len(seen)} queries, limit {limit} s; slowest {slowest[0]:.2f} s: {slowest[2]}")
+    print(f"\n{len(seen)} queries; the slowest took its limit and {slowest[0]:.2f} s: {slowest[2]}")
     print(f"peak {fattest[1]:.0f} MiB above idle: {fattest[2]}; largest worker that ended {killed:.0f} MiB")
     assert len(seen) >= 40
-    assert slowest[0] < limit + 1
+    assert slowest[0] < 1
     assert fattest[1] < 200
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pop.sqlite", "secret"]
 
 
-def test_only_rows_of_gold_are_kept(db):
-    """A million rows that gold lacks: refuted at once, although reading them all would take seconds."""
-    start = time.monotonic()
-    grade = execution_match(db, f"{COUNT} SELECT x, hex(zeroblob(10000)) FROM c LIMIT 1000000", "SELECT 1")
-    assert not grade.correct and time.monotonic() - start < 2
-
-
 def test_a_large_gold_result_is_no_memory_error(db):
     """The 96 MiB of a prediction come on top of its gold result, and it keeps no second copy of that."""
-    big = f"{COUNT} SELECT x, 'row number ' || x || hex(zeroblob(20)) FROM c LIMIT 300000"
+    big = f"{COUNT} SELECT x, 'row number ' || x || hex(zeroblob(600)) FROM c LIMIT 100000"
     assert execution_match(db, big, big).correct
-    assert not execution_match(db, big.replace("300000", "299999"), big).correct
+    assert not execution_match(db, big.replace("100000", "99999"), big).correct
     assert execution_match(db, "SELECT 1", "SELECT 1").correct
 
 
@@ -326,6 +321,7 @@ def test_a_large_gold_result_is_no_memory_error(db):
         ("SELECT singer_nam FROM singer", ["no such column: singer_nam", "nearest is singer.singer_name"]),
         ("SELECT T1.titel FROM song AS T1, singer", ["no such column: T1.titel", "nearest is song.title"]),
         ("SELECT T1.title FROM singer AS T1", ["no such column: T1.title", "title is a column of song"]),
+        ("SELECT T1.singer_i FROM singer AS T1, song", ["nearest is singer.singer_name"]),  # not song.singer_id
         ("SELECT 1 FROM singers", ["no such table: singers", "nearest is singer"]),
         ("SELECT 1 FROM zzzz", ["no such table: zzzz"]),
         ("SELECT id FROM singer WHERE\n  id = = 3", ["syntax error at line 2, column", "SQLite"]),
@@ -341,7 +337,8 @@ def test_a_large_gold_result_is_no_memory_error(db):
     ],
 )
 def test_feedback(db, sql, parts):
-    feedback = execution_match(db, sql, "SELECT DISTINCT age FROM singer WHERE age > 0", timeout=0.3).feedback
+    limit = 0.3 if "timeout" in parts else 30.0
+    feedback = execution_match(db, sql, "SELECT DISTINCT age FROM singer WHERE age > 0", limit).feedback
     assert all(part in feedback for part in parts), feedback
 
 
@@ -398,10 +395,19 @@ def test_match_many_of_nothing():
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_a_worker_that_dies_is_a_wrong_verdict_and_is_replaced(db):
+    execution_match(db, "SELECT 1", "SELECT 1")
     stop_workers()  # dead idle workers are noticed before they get work
     assert execution_match(db, "SELECT 4", "SELECT count(*) FROM singer").correct
     before = set(children())
-    assassin = threading.Timer(0.3, lambda: [os.kill(pid, signal.SIGKILL) for pid in children()])
+
+    def kill_when_busy():
+        while data._idle_workers():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+
+    assassin = threading.Thread(target=kill_when_busy)
     assassin.start()
     grade = execution_match(db, f"{COUNT} SELECT count(*) FROM c", "SELECT 4", timeout=20)
     assassin.join()
@@ -434,7 +440,7 @@ def test_no_worker_outlives_its_parent(db, end):
     code = (
         "import sys, os, threading, data\n"
         "data.execution_match(sys.argv[1], 'SELECT 1', 'SELECT 1')\n"
-        "print(data._idle_workers(os.getpid())[0].pid, flush=True)\n"
+        "print(data._idle_workers()[0].pid, flush=True)\n"
         "if sys.argv[2] != 'normal': data.match_many([(sys.argv[1], sys.argv[3], 'SELECT 1')], timeout=1.5)\n"
     )
     parent = run_python(code, str(db), end, f"{COUNT} SELECT count(*) FROM c")
@@ -442,17 +448,20 @@ def test_no_worker_outlives_its_parent(db, end):
     if end != "normal":
         time.sleep(0.4)
         parent.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
-    parent.wait(5)
-    assert gone(worker, 2.5)
+    parent.wait(30)
+    assert gone(worker, within=6 if end == "kill" else 1)
 
 
 def test_a_fork_gets_workers_of_its_own(db):
-    assert execution_match(db, "SELECT 1", "SELECT 1").correct
+    """Parent and child grade at the same time; over shared pipes each would read the other's verdicts."""
+    execution_match(db, "SELECT 1", "SELECT 1")
     child = os.fork()
+    predicted = ["SELECT 1", "SELECT 2"] if child == 0 else ["SELECT 2", "SELECT 1"]
+    grades = [execution_match(db, sql, "SELECT 1").correct for _ in range(100) for sql in predicted]
+    agree = grades == [sql == "SELECT 1" for sql in predicted] * 100
     if child == 0:
-        os._exit(0 if execution_match(db, "SELECT 4", "SELECT count(*) FROM singer").correct else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert execution_match(db, "SELECT 4", "SELECT count(*) FROM singer").correct
+        os._exit(0 if agree else 1)
+    assert os.waitpid(child, 0)[1] == 0 and agree
 
 
 def test_importing_data_loads_nothing_heavy():
@@ -464,15 +473,18 @@ def test_importing_data_loads_nothing_heavy():
 # -- real questions ---------------------------------------------------------------------------------------------------
 
 
-def reference(path: Path, sql: str, seconds: float = 1.0) -> set | str:
-    """The plain evaluator's result: a fresh read-only connection, a set of rows; "error", or "slow" after `seconds`."""
+def reference(path: Path, sql: str, steps: int = 5000) -> set | str:
+    """The plain evaluator's result: a fresh read-only connection, a set of rows; "error", or "slow" if it is too long.
+
+    A step is 10,000 instructions of SQLite's machine, so that the load of this one decides nothing.
+    """
+    left = iter(range(steps))
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        end = time.monotonic() + seconds
-        connection.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        connection.set_progress_handler(lambda: next(left, None) is None, 10_000)
         try:
             return set(connection.execute(sql).fetchall())
         except Exception:
-            return "slow" if time.monotonic() > end else "error"
+            return "slow" if next(left, None) is None else "error"
 
 
 MUTATIONS = [

@@ -1,0 +1,95 @@
+"""The README's tables on the miniature: bases x RL seeds x advantages, as ordinary runs of train.py.
+
+    python tests/bench_miniature.py                                   # 3 bases x 3 seeds x delta, grpo, score: an hour
+    python tests/bench_miniature.py --advantages delta,line,node,batch --seeds 0
+    python tests/bench_miniature.py --reward runs/bench/base-0        # the delta as a function of the score before
+
+Runs that are in the folder already are not repeated, so it can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, pvariance
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def run(out: Path, *flags: str) -> dict:
+    """One run of train.py on one thread, unless it is there; its results."""
+    if not (out / "results.json").exists():
+        command = [sys.executable, "train.py", "--out", str(out), "--overwrite", *flags]
+        with open(f"{out}.log", "w") as log:
+            subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+    return json.loads((out / "results.json").read_text())
+
+
+def table(out: Path, bases: list[int], seeds: list[int], kinds: list[str], jobs: int) -> None:
+    """Mean over all runs of a kind; the standard error is over runs (the domains are the same 32 in each)."""
+    from evolve import mean_error
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda b: run(out / f"base-{b}", "--warmup-seed", str(b), "--steps", "0"), bases))
+        wanted = [(kind, b, seed) for seed in seeds for kind in kinds for b in bases]
+        results = dict(zip(wanted, pool.map(
+            lambda w: run(out / f"{w[0]}-b{w[1]}-s{w[2]}", "--model", str(out / f"base-{w[1]}" / "base"),
+                          "--advantage", w[0], "--seed", str(w[2])), wanted)))
+    print("| advantage | " + " | ".join(f"base {b}" for b in bases) + " | all runs |")
+    print("|---|" + "---|" * (len(bases) + 1))
+    for label in ["untrained", *kinds]:
+        kind, key = (kinds[0], "untrained") if label == "untrained" else (label, "trained")
+        cells = [[results[kind, b, s][key]["test_accuracy"] for s in seeds] for b in bases]
+        rows = [*cells, [x for cell in cells for x in cell]]
+        print(f"| {label} | " + " | ".join("{:.3f} ± {:.3f}".format(*mean_error(row)) for row in rows) + " |")
+
+
+def reward(base: Path) -> None:
+    """Mean and spread of the delta as a function of R̄(c_0), untrained editor, 16 edits for each of 240 start states."""
+    import random
+
+    import torch
+
+    import data
+    import train
+    from evolve import load_model, with_presets
+
+    s = with_presets(train.Config(group=16), train.TRAIN_PRESETS)
+    task, solver, editor = data.Mini(), load_model(base / "base"), load_model(base / "base")
+    pool = train.grow_states(task, solver, editor, s, step=0)
+    torch.manual_seed(0)
+    batch = train.rollout(task, solver, editor, random.Random(0).sample(pool, min(240, len(pool))), s, step=0)
+    delta, before = train.delta_reward(batch["after"], batch["before"][:, None], batch["valid"]), batch["before"]
+    print("| R̄(c_0) | start states | mean delta | s.d. of delta among the edits of a state | share better |\n|---|---|---|---|---|")
+    for low, high in ((0, 0.01), (0.01, 0.2), (0.2, 0.3), (0.3, 0.45), (0.45, 1.01)):
+        rows = delta[(before >= low) & (before < high)]
+        if len(rows):
+            print(f"| {low:.2f} to {high:.2f} | {len(rows)} | {rows.mean():+.3f} | {rows.std(1).mean():.3f} | "
+                  f"{(rows > 0).float().mean():.0%} |")
+    total, x = pvariance(delta.flatten().tolist()), before - before.mean()
+    line = (x[:, None] * delta).mean() / (x * x).mean() * x
+    print(f"\nVariance of the delta {total:.4f}, of which R̄(c_0) explains by a line {pvariance(line.tolist()) / total:.0%}, "
+          f"the start state {pvariance(delta.mean(1).tolist()) / total:.0%}. Mean delta {fmean(delta.flatten().tolist()):+.3f}.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
+    parser.add_argument("--bases", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--advantages", default="delta,grpo,score")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--reward", type=Path)
+    args = parser.parse_args()
+    if args.reward:
+        reward(args.reward)
+    else:
+        bases, seeds = ([int(x) for x in text.split(",")] for text in (args.bases, args.seeds))
+        args.out.mkdir(parents=True, exist_ok=True)
+        table(args.out, bases, seeds, args.advantages.split(","), args.jobs)

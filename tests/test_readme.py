@@ -1,0 +1,99 @@
+"""What the README says can be run, runs: its commands (shortened, against local models and servers) and its snippets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from server import serve
+
+import data
+import evolve
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+            for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+PARSERS = {"train.py": (train.Config, train.__doc__), "evolve.py": (evolve.Config, evolve.__doc__)}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A folder with runs/mini/base and runs/mini/editor: tiny random models."""
+    folder = tmp_path_factory.mktemp("readme")
+    tokenizer = data.mini_tokenizer()
+    for seed, role in enumerate(("base", "editor")):
+        torch.manual_seed(seed)
+        for part in (train.tiny_qwen3(tokenizer), tokenizer):
+            part.save_pretrained(folder / "runs" / "mini" / role)
+    return folder
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) >= 4 and "python train.py" in COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_is_one_that_the_scripts_take(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command)
+    if words[1] in PARSERS:
+        monkeypatch.setattr(sys, "argv", words[1:])
+        evolve.command_line(*PARSERS[words[1]])  # SystemExit on an unknown flag or value
+    else:
+        assert words[1] == "-m" or (ROOT / words[1]).exists()
+
+
+def test_every_flag_named_anywhere_is_a_field_of_a_config() -> None:
+    known = {name.replace("_", "-") for config, _ in PARSERS.values() for name in config.__dataclass_fields__}
+    known |= {"bases", "seeds", "reward", "advantages", "nproc-per-node"}  # of tests/bench_miniature.py and torchrun
+    named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)}
+    assert named and named <= known, named - known
+
+
+def test_every_function_named_in_the_table_exists() -> None:
+    import lse
+
+    modules = {"lse.py": lse, "data.py": data, "evolve.py": evolve, "train.py": train}
+    where = re.findall(r"`(\w+\.py): ([\w.]+)`", README)
+    assert len(where) >= 10
+    for file, name in where:
+        target = modules[file]
+        for part in name.split("."):
+            target = getattr(target, part)
+
+
+def test_the_python_snippets_run(run_folder: Path) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + snippet
+        done = subprocess.run([sys.executable, "-c", code], cwd=run_folder, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+
+
+def test_problems_of_ones_own_evolve_as_the_readme_says(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"What is {i} plus {i}?", "answer": str(2 * i)}) for i in range(60)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines))
+
+    def reply(messages: list[dict], body: dict) -> str:
+        text = messages[-1]["content"]
+        if body["model"] == "gpt-5":
+            return "<prompt>Add the two numbers.</prompt>"
+        first = re.search(r"What is (\d+) plus", text)[1]
+        return f"<answer>{2 * int(first) * ('Add the two' in text)}</answer>"
+
+    command = next(c for c in COMMANDS if "--task jsonl" in c)
+    with serve(reply, models=("solver", "gpt-5")) as server:
+        words = [re.sub(r"https?://\S+", server.url, word) for word in shlex.split(command)]
+        done = subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:], "--out", str(tmp_path / "run"),
+                               "--samples", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"]["best"] == 1.0 and results["test"]["seed"] < 0.1, done.stdout
