@@ -25,6 +25,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,18 +75,23 @@ class Config(Settings):
     patience: float = option(1.0, "scales the longest that the lessons of the warm-up may take (tests: 0.01)")
 
 
-# What a training field left at None becomes: the miniature's, tuned on its dev domains; the paper's; and a rehearsal.
+# What a training field left at None becomes: the miniature's values, tuned on its dev domains; the paper's; and a
+# rehearsal's, for a real task on a machine without a GPU. `evolve.PRESETS` holds those that both scripts share.
 TRAIN_PRESETS = {
     "mini": dict(steps=120, states=24, group=4, lr=4e-4, grow_every=20, grow_rounds=10),
     "paper": dict(steps=500, states=32, group=4, lr=1e-5, grow_every=0, grow_rounds=20),
     "rehearsal": dict(steps=2, states=2, group=2, lr=1e-5, grow_every=0, grow_rounds=2),
 }
-FREE = ["steps", "save_every", "out", "dry_run", "resume", "overwrite"]  # may differ when a run is resumed
+# What may differ when a run is resumed: its length, how often it saves, and where its folder has been moved to.
+FREE = ["steps", "save_every", "out", "dry_run", "resume", "overwrite"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 1. The warm-up: a tiny Qwen3 from scratch (miniature only). It stands in for pretraining.
 # ---------------------------------------------------------------------------------------------------------------------
+# Reinforcement learning creates no skill: it makes more frequent what the model already does now and then. So the base
+# must be able to use a glossary, as a solver, and to write one in all qualities, as an editor. With --model, none of
+# this section runs.
 
 
 def tiny_qwen3(tokenizer, hidden: int = 64):
@@ -99,7 +105,10 @@ def tiny_qwen3(tokenizer, hidden: int = 64):
 
 
 def encode_row(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """Token ids of a chat, and its labels: what the assistant says and its end of turn; -100 elsewhere."""
+    """Token ids of a chat, and its labels: what the assistant says and its end of turn; -100 (no label) elsewhere.
+
+    The ids are those that the chat template of `data.mini_tokenizer` gives.
+    """
     ids, labels = [], []
     for message in messages:
         part = tokenizer(f"<|{message['role']}|> {message['content']} <|end|>")["input_ids"]
@@ -214,16 +223,22 @@ def warm_base(task, s: Config, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 2. Start states: where an edit begins
 # ---------------------------------------------------------------------------------------------------------------------
+# In the words of RL: a *state* is a pair of instructions c_0 and summary S_0, an *action* a whole edit c_1, and the
+# episode ends after one action (T = 1 in the paper, a contextual bandit). What edits lead to in the long run is left to
+# the search at test time. What training can choose is the states it starts from.
 
 
 def enough_problems(task, split: str, s: Config) -> list[str]:
-    """The domains of a split. SystemExit names those with too few problems, unless --skip-small leaves them out."""
-    names, needed = task.domains(split), s.k + s.holdout + (s.test if split == "test" else 0)
-    small = {d: n for d in names if (n := len(task.problems(d))) < needed}
-    if len(small) == len(names) or (small and not s.skip_small):
-        raise SystemExit(
-            f"Too few problems in {len(small)} of {len(names)} {split} domains: {str(small)[1:500].rstrip('}')}. "
-            f"k + holdout{' + test' * (split == 'test')} = {needed}: choose smaller ones, or --skip-small.")
+    """The domains of a split. ValueError if any has too few problems, unless --skip-small leaves those out."""
+    names, small = task.domains(split), {}
+    for d in names:
+        try:  # training keeps no test problems back
+            evolve.split_problems(task.problems(d), s if split == "test" else replace(s, test=0))
+        except ValueError as error:
+            small[d] = str(error)
+    if small and (not s.skip_small or len(small) == len(names)):
+        raise ValueError(f"{len(small)} of {len(names)} {split} domains are too small (--skip-small leaves them out): "
+                         + " ".join(small.values())[:500])
     return [d for d in names if d not in small]
 
 
@@ -231,11 +246,10 @@ def grow_states(task, solver, editor, s: Config, step: int) -> list[dict]:
     """Start states (c_0, R̄(c_0)): the scored nodes of one tree per training domain, grown by the loop of test time.
 
     Training from the seed instructions alone would not match deployment, where the editor edits its own earlier edits.
-    Each process grows its share of the domains.
+    `potential` is the best score of the tree minus the node's. Each process grows its share of the domains.
     """
     seed = s.seed * 1_000_003 + step  # fresh splits and batches each time
     own = replace(s, rounds=s.grow_rounds, test=0, seed=seed)
-    torch.manual_seed(hash((seed, -1)))  # a sampling solver draws its first scores from here, also in a resumed run
     trees = evolve.plant(task, enough_problems(task, "train", s)[rank() :: world()], solver, own)
     evolve.evolve_all(task, trees, solver, editor, own, s.search, progress="2. growing trees" * (rank() == 0))
     return [{"domain": d, "instructions": node.instructions, "score": node.score, "seed": seed,
@@ -258,6 +272,13 @@ def reward_noise(task, solver, states: list[dict], s: Config) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 3. Reinforcement learning: one edit is one pull of a bandit
 # ---------------------------------------------------------------------------------------------------------------------
+# The objective is J = E[R̄(c_1) − R̄(c_0)] over edits c_1 ~ f_ψ(c_0, S_0), and its gradient (eq. 8-10)
+#
+#     ∇J = E[A ∇ log f_ψ(c_1 | c_0, S_0)]        with the advantage A = R̄(c_1) − R̄(c_0)
+#
+# where log f_ψ of an edit is the sum over its tokens. Subtracting anything that does not depend on c_1, a *baseline*,
+# leaves the expectation as it is, since E[∇ log f] = 0, and can lower the variance. The score before the edit is such
+# a baseline, known for free. `rollout` draws c_1 and scores it, `lse.advantages` makes A, `learn` follows the gradient.
 
 
 def rollout(task, solver, editor, states: list[dict], s: Config, step: int) -> dict:
@@ -310,7 +331,11 @@ def learn(editor, batch: dict, weights: torch.Tensor, n_tokens: int, s: Config, 
 
 
 def train_step(task, solver, editor, optimizer, pool: list[dict], s: Config, step: int) -> tuple[dict, dict, list]:
-    """One step of Section 2 of the paper. Returns (what to log, the batch of this process, its start states)."""
+    """One step of Section 2 of the paper. Returns (what to log, the batch of this process, its start states).
+
+    In the log: `positive` is the share of edits better than what they edited, `zero_variance` counts groups whose edits
+    all score the same, which teach "grpo" and "node" nothing; the reward is a flat −1 for an invalid edit.
+    """
     for group in optimizer.adamw.param_groups:
         group["lr"] = s.lr * (1 - step / s.steps)
     # Every random draw is a function of (seed, step): resuming needs no random state. Groups never span processes.
@@ -339,7 +364,11 @@ def train_step(task, solver, editor, optimizer, pool: list[dict], s: Config, ste
 
 
 def reinforce(task, solver, editor, s: Config, out: Path) -> dict:
-    """The RL loop, from the last checkpoint if there is one. Returns its state: log lines, start states, noise."""
+    """The RL loop, from the last checkpoint if there is one. Returns its state: log lines, start states, noise.
+
+    That state and the optimizer (whose masters are the editor's weights) are all that a checkpoint needs: randomness
+    is a function of seed and step, the learning rate one of the step. Another --steps stretches the schedule.
+    """
     optimizer = MasterAdamW(editor.model, lr=s.lr)
     state = (s.resume and load_checkpoint(out, s, optimizer)) or {"lines": [], "pool": [], "noise": None}
     lines, done = state["lines"], len(state["lines"])
@@ -367,21 +396,21 @@ def reinforce(task, solver, editor, s: Config, out: Path) -> dict:
 
 def step_text(line: dict) -> str:
     """A log line for people."""
-    seconds = line["seconds"]
     text = ("{step:4d}  reward {reward:+.3f}  better {positive:4.0%}  valid {valid:4.0%}  cut {truncated}  flat "
-            "{zero_variance}  entropy {entropy:.2f}  |g| {grad_norm:.3f}  |ratio-1| {max_ratio_drift:.0e}")
-    return (text.format(**line) + f"  {line['tokens'] / sum(seconds.values()):.0f} tok/s"
-            + "".join(f"  {name} {value:.2f}s" for name, value in seconds.items())
-            + "  SKIPPED: the gradient is not finite" * line["skipped"])
+            "{zero_variance}  entropy {entropy:.2f}  |g| {grad_norm:.3f}  |r-1| {max_ratio_drift:.0e}").format(**line)
+    for name, seconds in line["seconds"].items():
+        text += f"  {name} {seconds:.2f}s"
+    rate = line["tokens"] / sum(line["seconds"].values())
+    return text + f"  {rate:.0f} tok/s" + "  SKIPPED: the gradient is not finite" * line["skipped"]
 
 
 def show_edit(batch: dict, states: list[dict]) -> str:
     """One sampled edit in words, with the score before and after it."""
     old, new, after = states[0], batch["edits"][0][0], float(batch["after"][0, 0])
     new, score = (new, f"{after:.2f}") if new is not None else (batch["samples"][0][0].text, "invalid")
-    old_text, new_text = (evolve.clean(" / ".join(text.split("\n")))[:300] for text in (old["instructions"], new))
-    return (f"\n   an edit for {old['domain']}, holdout {old['score']:.2f} -> {score}\n     old: {old_text or '(empty)'}"
-            f"\n     new: {new_text}")
+    texts = [evolve.clean(" / ".join(text.split("\n")))[:300] or "(empty)" for text in (old["instructions"], new)]
+    return (f"\n   an edit for {old['domain']}, holdout {old['score']:.2f} -> {score}"
+            f"\n     old: {texts[0]}\n     new: {texts[1]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +423,6 @@ def evaluate(task, solver, editor, s: Config, progress: str) -> tuple[dict, dict
 
     Returns ({"test_accuracy", "stderr", "domains", ...}, trees); the standard error is over domains.
     """
-    torch.manual_seed(hash((s.seed, -2)))  # the same draws in a run that was resumed
     trees = evolve.plant(task, enough_problems(task, "test", s)[rank() :: world()], solver, s)
     evolve.evolve_all(task, trees, solver, editor, s, s.search, progress=progress * (rank() == 0))
     scores = evolve.final_test(task, trees, solver, s)
@@ -408,14 +436,13 @@ def evaluate(task, solver, editor, s: Config, progress: str) -> tuple[dict, dict
 def print_results(results: dict, trees: dict, out: Path) -> None:
     """The table of before and after, one tree, what the edits were worth, and where things are."""
     trained, (domain, tree) = results["trained"], next(iter(trees.items()))
-    print(f"\nThe evolution of {domain} with the trained editor (* leads to the best node)\n{evolve.tree_text(tree)}\n"
-          f"Its best instructions:\n{evolve.clean(tree.best().instructions) or '(empty)'}\n\n"
-          f"Test accuracy, domains that training never saw: {trained['domains']} (mean ± s.e. over domains)\n"
+    print(f"\nThe evolution of {evolve.clean(domain)} with the trained editor (* leads to the best node)\n"
+          f"{evolve.tree_text(tree)}\nIts best instructions:\n{evolve.clean(tree.best().instructions) or '(empty)'}\n\n"
+          f"Test accuracy, mean ± s.e. over {trained['domains']} domains that training never saw\n"
           f"  seed instructions   {trained['seed_instructions']:.3f}")
     for name in ("untrained", "trained"):
-        error = results[name]["stderr"]
-        spread = f" ± {error:.3f}" if error is not None else ""
-        print(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{spread}")
+        error = "" if results[name]["stderr"] is None else f" ± {results[name]['stderr']:.3f}"
+        print(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{error}")
     if results["config"]["task"] == "mini":
         print(f"  {EXPECT}")
     edits = [(tree.nodes[node.parent].score, node.score) for tree in trees.values() for node in tree.nodes[1:]]
@@ -435,6 +462,9 @@ EXPECT = "expect"  # measured: see README.md
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes (torchrun): each takes a share of the groups, all take the same step
 # ---------------------------------------------------------------------------------------------------------------------
+# Every process holds the whole editor, solver and optimizer. States are drawn by all alike and dealt out; advantages
+# are computed on the batch of all; gradients are summed, so that all take the step that one would have taken. Trees, of
+# training and of the evaluation, are shared by domains. Rank 0 alone writes files and speaks.
 
 
 def rank() -> int:
@@ -461,6 +491,8 @@ def say(*words) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: a kill, a full disk or a torn file costs the step that was under way, never the run
 # ---------------------------------------------------------------------------------------------------------------------
+# Whatever a run reads again (base, checkpoints, config, log, trees) is written under another name and renamed when it
+# is complete, so that it is there as a whole or not at all.
 
 
 @contextmanager
@@ -490,7 +522,7 @@ def save_model(model: LocalModel, folder: Path) -> None:
 
 
 def identity(s: Config) -> dict:
-    """What a run and its checkpoints have in common."""
+    """What a run and its checkpoints have in common. A checkpoint of an equal run elsewhere is as good as its own."""
     return {name: value for name, value in asdict(s).items() if name not in FREE}
 
 
@@ -504,7 +536,10 @@ def save_checkpoint(out: Path, s: Config, optimizer: MasterAdamW, state: dict) -
 
 
 def load_checkpoint(out: Path, s: Config, optimizer: MasterAdamW) -> dict | None:
-    """The state of the newest checkpoint that is whole and this run's; weights and moments go into `optimizer`."""
+    """The state of the newest checkpoint that is whole and this run's; weights and moments go into `optimizer`.
+
+    Any other is named with the reason, left where it is, and the one before it tried. None if none is left.
+    """
     for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
@@ -525,40 +560,39 @@ def load_checkpoint(out: Path, s: Config, optimizer: MasterAdamW) -> dict | None
 
 
 def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test: list[str]) -> str:
-    """All that can be known before the first model call: SystemExit says what cannot work, else the plan comes back."""
-    problems = {d: task.problems(d) for d in train + test}
-    wrong = [d for d in problems if not any(task.grade(p, f"<answer>{p.gold}</answer>").correct for p in problems[d])]
-    # The longest prompts: the problems that take most room, with edits and answers as long as they may get.
+    """The plan of the run. ValueError names what cannot work: all that can be known before the first model call.
+
+    Calls and tokens are upper bounds. The time is a guess from 2 operations per weight and token at a usual speed.
+    """
+    # The longest prompts: the problem that takes most room, with edits and answers as long as they may get.
+    longest = max((p for d in train + test for p in task.problems(d)), key=lambda p: len(str(task.solve_chat("", p))))
     rules, reply = "word " * s.editor_tokens, "word " * s.solver_tokens
-    asked = sorted(sum(problems.values(), []), key=lambda p: len(str(task.solve_chat("", p))))[-s.k :]
-    summary = [data.Answer("", p.question, reply, reply, p.gold, False) for p in asked]
-    solving = len(model.encode(task.solve_chat(rules, asked[-1]))) + s.solver_tokens
-    editing = len(model.encode(task.edit_chat(rules, summary)))
-    editing = min(editing, s.max_prompt_tokens or editing) + s.editor_tokens
-    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", math.inf)
+    seen = [data.Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
+    chats = task.solve_chat(rules, longest), evolve.edit_chat(task, model, rules, seen, s.max_prompt_tokens)[0]
+    solving, editing = (evolve.count_tokens(model, x) + n for x, n in zip(chats, (s.solver_tokens, s.editor_tokens)))
     # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
     weights, odd = (sum(map(f, model.model.parameters())) for f in (torch.numel, lambda p: not p.isfinite().all()))
     room = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    least, reads = min(s.states, s.group, s.micro_batch, s.save_every), evolve.context(model)
     faults = {
-        "--states, --group, --k and --holdout must be 1 or more.": min(s.states, s.group, s.k, s.holdout) < 1,
+        "--states, --group, --micro-batch and --save-every must be 1 or more.": least < 1,
         f"--states {s.states} cannot be shared by {world()} processes: choose a multiple.": s.states % world(),
-        f"The right answers of {', '.join(wrong)} are graded as wrong: no score would mean anything.": wrong,
-        f"The model has room for {context} tokens, a prompt and its answer may take {solving} (solver) or {editing} "
-        "(editor): choose smaller --k, --solver-tokens or --max-prompt-tokens.": max(solving, editing) > context,
+        f"The model reads {reads} tokens, a prompt and its answer take up to {solving} (solver) or {editing} (editor): "
+        "choose smaller --solver-tokens or --editor-tokens.": 0 < reads < max(solving, editing),
         f"{s.model} holds weights that are not finite.": odd,
         f"{out} needs {room / 1e9:.1f} GB for checkpoints and {free / 1e9:.1f} are free: make room.": free < room,
     }
     if any(faults.values()):
-        raise SystemExit(" ".join(sentence for sentence, found in faults.items() if found))
-    # The plan. A score takes `one` answers, a tree that and, in each round, k problems, an edit and a score.
+        raise ValueError(" ".join(sentence for sentence, found in faults.items() if found))
+    # A score takes `one` answers; a tree takes that and, in each round, k problems, an edit and a score.
     one, grown = s.holdout * s.samples, len(train) * (1 + (s.steps - 1) // s.grow_every if s.grow_every else 1)
     answers = (grown * (one + s.grow_rounds * (s.k + one)) + s.states * (one + s.steps * (s.k + s.group * one))
                + 2 * len(test) * (one + s.rounds * (s.k + one) + 2 * s.test * s.samples))
     edits = grown * s.grow_rounds + s.steps * s.states * s.group + 2 * len(test) * s.rounds
     tokens, speed = answers * solving + edits * editing, world() * (5e13 if torch.cuda.is_available() else 1e10)
-    return (f"Plan: at most {answers:,} answers, {edits:,} edits and {tokens / 1e6:,.1f} M tokens; {room / 1e6:,.0f} MB of "
-            f"disk; very roughly {2 * weights * tokens / speed / 60:,.0f} minutes.")
+    return (f"Plan: up to {answers:,} answers, {edits:,} edits and {tokens / 1e6:,.1f} M tokens; {room / 1e6:,.0f} MB "
+            f"of disk; very roughly {2 * weights * tokens / speed / 60:,.0f} minutes.")
 
 
 def main(s: Config) -> dict | None:
@@ -576,13 +610,13 @@ def main(s: Config) -> dict | None:
         raise SystemExit(f"--task {s.task} needs --model, a checkpoint folder or hub name: only mini makes its own.")
     if s.task != "mini" and not torch.cuda.is_available():
         say("No GPU here: a rehearsal with small numbers. Every line of code runs, and nothing can be learned.")
-    domains, tokenizer = [enough_problems(task, split, s) for split in ("train", "test")], data.mini_tokenizer()
+    train, test, tokenizer = enough_problems(task, "train", s), enough_problems(task, "test", s), data.mini_tokenizer()
     model = evolve.load_model(s.model) if s.model else LocalModel(tiny_qwen3(tokenizer, s.hidden), tokenizer)
-    say(check(task, model, s, out, *domains))
+    say(check(task, model, s, out, train, test))
+    if rank() == 0:
+        evolve.open_run(s, out, FREE, look=s.dry_run)
     if s.dry_run:
         return None
-    if rank() == 0:
-        evolve.open_run(s, out, FREE)
 
     # 1. A base model, twice: π_θ, the solver, stays as it is; f_ψ, the editor, starts from the same weights.
     if rank() == 0 and not s.model and not (out / "base").exists():
@@ -621,6 +655,7 @@ def main(s: Config) -> dict | None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not cost a run its last lines
     try:
         main(evolve.command_line(Config, __doc__))
     except (ValueError, OSError) as error:  # wrong paths and values: a sentence, no traceback
@@ -628,4 +663,4 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"{error} Try --gradient-checkpointing and --micro-batch 1.") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. What is finished is saved: go on with the same command and --resume.") from None
+        raise SystemExit("\nStopped. Go on from the last checkpoint with the same command and --resume.") from None

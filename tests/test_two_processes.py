@@ -125,7 +125,7 @@ def test_states_that_cannot_be_shared_are_refused_before_anything_starts(two, tm
         for name, value in env.items():
             patch.setenv(name, value)
         patch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-        with pytest.raises(SystemExit, match="--states 3 cannot be shared by 2 processes"):
+        with pytest.raises(ValueError, match="--states 3 cannot be shared by 2 processes"):
             patch.setattr(sys, "argv", ["train.py", *args])
             train.main(evolve.command_line(train.Config, ""))
     assert not (tmp_path / "run").exists()

@@ -51,6 +51,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     tiny.small_world()
+    tiny.data.mini_tokenizer().apply_chat_template([])  # loads what a child without rights could no longer load
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:
