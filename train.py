@@ -95,7 +95,10 @@ FREE = ["steps", "save_every", "out", "dry_run", "resume", "overwrite"]
 
 
 def tiny_qwen3(tokenizer, hidden: int = 64):
-    """A Qwen3 of 129k parameters (hidden 64), random weights from the current torch seed."""
+    """A Qwen3 of 129k parameters (hidden 64), random weights from the current torch seed.
+
+    Three layers: looking a word up takes two (find where it stood before, copy what stood behind it) and one to spare.
+    """
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=2, head_dim=hidden // 2, tie_word_embeddings=True,
@@ -201,20 +204,27 @@ def warm_up(task, tokenizer, seed: int, hidden: int = 64, patience: float = 1.0)
 
 
 def lookup(task, solver) -> float:
-    """Share of right answers when the instructions are the true glossary, on domains used for nothing else."""
+    """Share of right answers when the instructions are the true glossary: what perfect instructions would be worth.
+
+    On the dev domains, which neither training nor the evaluation sees.
+    """
     domains = task.domains("dev")
     jobs = [(data.lines(task.glossary(d)), [p for p in task.problems(d) if p.split == "holdout"]) for d in domains]
     return fmean(map(fmean, evolve.score_all(task, solver, jobs, evolve.with_presets(Settings()))))
 
 
 def warm_base(task, s: Config, folder: Path) -> None:
-    """Warm up and save. A base that cannot look words up is no base: then another seed, and the time counts."""
+    """Warm up and save to `folder`.
+
+    A base that cannot look words up is no base: no instructions could help it, so no edit would be worth anything. Then
+    another seed is tried, three in all, and the time counts.
+    """
     tokenizer = data.mini_tokenizer()
     for seed in range(s.warmup_seed, s.warmup_seed + 300, 100):
         model = warm_up(task, tokenizer, seed, s.hidden, s.patience)
         share = lookup(task, LocalModel(model, tokenizer))
         say(f"1. Warm-up, seed {seed}: with the true glossary as instructions the solver answers {share:.1%} right "
-            "(97% are enough, else another seed, three in all).")
+            "(97% are enough).")
         if share >= 0.97:
             break
     save_model(LocalModel(model, tokenizer), folder)
@@ -236,7 +246,7 @@ def enough_problems(task, split: str, s: Config) -> list[str]:
             evolve.split_problems(task.problems(d), s if split == "test" else replace(s, test=0))
         except ValueError as error:
             small[d] = str(error)
-    if small and (not s.skip_small or len(small) == len(names)):
+    if len(small) == len(names) or (small and not s.skip_small):
         raise ValueError(f"{len(small)} of {len(names)} {split} domains are too small (--skip-small leaves them out): "
                          + " ".join(small.values())[:500])
     return [d for d in names if d not in small]
@@ -284,7 +294,8 @@ def reward_noise(task, solver, states: list[dict], s: Config) -> float:
 def rollout(task, solver, editor, states: list[dict], s: Config, step: int) -> dict:
     """G edits for each of N start states, and the scores before and after them. Shapes (N, G), `before` (N,).
 
-    An edit that cannot be read is not scored: `valid` is False and `after` NaN there.
+    An edit that cannot be read is not scored: `valid` is False and `after` NaN there. Nothing here needs a gradient:
+    what was sampled is scored again, differentiably, in `learn`.
     """
     start, splits = time.time(), [state_splits(task, x, s) for x in states]
     # S_0: k fresh problems of the state's domain, answered under c_0 as they would be at test time. The place in the
@@ -381,7 +392,8 @@ def reinforce(task, solver, editor, s: Config, out: Path) -> dict:
             say(f"2. {len(state['pool'])} start states. Unchanged instructions, scored twice, differ by "
                 f"{state['noise']:.3f} (s.d.).")
         line, batch, states = train_step(task, solver, editor, optimizer, state["pool"], s, step)
-        lines.append({name: None if value != value else value for name, value in line.items()})  # JSON knows no NaN
+        odd = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        lines.append(line | dict.fromkeys(odd))  # JSON knows no NaN: None
         if rank() == 0:
             tqdm.write(step_text(line) + (show_edit(batch, states) if step % 20 == 0 else ""))
             # All lines at once, and the checkpoint has them too: killed at any moment and resumed, each is there once.
@@ -395,7 +407,7 @@ def reinforce(task, solver, editor, s: Config, out: Path) -> dict:
 
 
 def step_text(line: dict) -> str:
-    """A log line for people."""
+    """A log line for people. `cut`: responses that met the token limit; `flat`: groups of equal scores."""
     text = ("{step:4d}  reward {reward:+.3f}  better {positive:4.0%}  valid {valid:4.0%}  cut {truncated}  flat "
             "{zero_variance}  entropy {entropy:.2f}  |g| {grad_norm:.3f}  |r-1| {max_ratio_drift:.0e}").format(**line)
     for name, seconds in line["seconds"].items():
@@ -405,7 +417,7 @@ def step_text(line: dict) -> str:
 
 
 def show_edit(batch: dict, states: list[dict]) -> str:
-    """One sampled edit in words, with the score before and after it."""
+    """The batch's first edit in words, with the score before and after it: numbers alone hide what is learned."""
     old, new, after = states[0], batch["edits"][0][0], float(batch["after"][0, 0])
     new, score = (new, f"{after:.2f}") if new is not None else (batch["samples"][0][0].text, "invalid")
     texts = [evolve.clean(" / ".join(text.split("\n")))[:300] or "(empty)" for text in (old["instructions"], new)]
@@ -421,6 +433,7 @@ def show_edit(batch: dict, states: list[dict]) -> str:
 def evaluate(task, solver, editor, s: Config, progress: str) -> tuple[dict, dict]:
     """Evolve each unseen domain, take the node that is best on its holdout, and ask it what nobody has asked before.
 
+    The holdout guided the search, so its best score is optimistic ("holdout_best"); the test split is touched once.
     Returns ({"test_accuracy", "stderr", "domains", ...}, trees); the standard error is over domains.
     """
     trees = evolve.plant(task, enough_problems(task, "test", s)[rank() :: world()], solver, s)
@@ -447,11 +460,10 @@ def print_results(results: dict, trees: dict, out: Path) -> None:
         print(f"  {EXPECT}")
     edits = [(tree.nodes[node.parent].score, node.score) for tree in trees.values() for node in tree.nodes[1:]]
     valid, better = sum(new is not None for _, new in edits), sum((new or 0.0) > old for old, new in edits)
-    print(f"Of the trained editor's {len(edits)} edits, {valid} are valid and {better} better than what they edited.")
+    print(f"Of the trained editor's {len(edits)} edits, {valid} are valid and {better} better than what they edited."
+          + f" {results['skipped_steps']} steps were skipped: no finite gradient." * (results["skipped_steps"] > 0))
     if not better:
         print("So its edits are invalid or worth nothing: nothing here shows that it can evolve instructions.")
-    if results["skipped_steps"]:
-        print(f"{results['skipped_steps']} steps were skipped: their gradient was not finite.")
     print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
     print(f"Saved in {out}: editor/ (loads with from_pretrained), results.json, log.jsonl, trees/, report.html.")
 
@@ -468,10 +480,12 @@ EXPECT = "expect"  # measured: see README.md
 
 
 def rank() -> int:
+    """The number of this process, as torchrun or `accelerate launch` has set it."""
     return int(os.environ.get("RANK", 0))
 
 
 def world() -> int:
+    """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -484,6 +498,7 @@ def gather(part: Any) -> list:
 
 
 def say(*words) -> None:
+    """Print once, not once per process."""
     if rank() == 0:
         print(*words, flush=True)
 
@@ -515,7 +530,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def save_model(model: LocalModel, folder: Path) -> None:
-    """A folder that `from_pretrained` loads."""
+    """A folder that `from_pretrained` loads, tokenizer included."""
     with writing(folder) as temporary:
         model.model.save_pretrained(temporary)
         model.tokenizer.save_pretrained(temporary)
@@ -574,9 +589,9 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
     weights, odd = (sum(map(f, model.model.parameters())) for f in (torch.numel, lambda p: not p.isfinite().all()))
     room = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
-    least, reads = min(s.states, s.group, s.micro_batch, s.save_every), evolve.context(model)
+    least, reads = min(s.states, s.group, s.test, s.micro_batch, s.save_every), evolve.context(model)
     faults = {
-        "--states, --group, --micro-batch and --save-every must be 1 or more.": least < 1,
+        "--states, --group, --test, --micro-batch and --save-every must be 1 or more.": least < 1,
         f"--states {s.states} cannot be shared by {world()} processes: choose a multiple.": s.states % world(),
         f"The model reads {reads} tokens, a prompt and its answer take up to {solving} (solver) or {editing} (editor): "
         "choose smaller --solver-tokens or --editor-tokens.": 0 < reads < max(solving, editing),
@@ -611,8 +626,8 @@ def main(s: Config) -> dict | None:
     if s.task != "mini" and not torch.cuda.is_available():
         say("No GPU here: a rehearsal with small numbers. Every line of code runs, and nothing can be learned.")
     train, test, tokenizer = enough_problems(task, "train", s), enough_problems(task, "test", s), data.mini_tokenizer()
-    model = evolve.load_model(s.model) if s.model else LocalModel(tiny_qwen3(tokenizer, s.hidden), tokenizer)
-    say(check(task, model, s, out, train, test))
+    solver = evolve.load_model(s.model, s.max_batch_tokens) if s.model else LocalModel(tiny_qwen3(tokenizer), tokenizer)
+    say(check(task, solver, s, out, train, test))
     if rank() == 0:
         evolve.open_run(s, out, FREE, look=s.dry_run)
     if s.dry_run:
@@ -621,8 +636,9 @@ def main(s: Config) -> dict | None:
     # 1. A base model, twice: π_θ, the solver, stays as it is; f_ψ, the editor, starts from the same weights.
     if rank() == 0 and not s.model and not (out / "base").exists():
         warm_base(task, s, out / "base")
-    gather(None)
-    solver, editor = (evolve.load_model(s.model or out / "base", s.max_batch_tokens) for _ in range(2))
+    gather(None)  # the others wait until the folder and the base are there
+    solver = solver if s.model else evolve.load_model(out / "base", s.max_batch_tokens)
+    editor = evolve.load_model(s.model or out / "base", s.max_batch_tokens)
     if s.gradient_checkpointing:
         editor.model.gradient_checkpointing_enable()
     clocks.append(time.time())

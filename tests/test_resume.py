@@ -90,10 +90,10 @@ def whole(folder, zygote, arguments):
     return folder / "whole"
 
 
-def kill_and_resume(zygote, arguments: list[str], out: Path, kills: int, rng: random.Random, longest: float) -> int:
-    """Kill the run after up to `longest` CPU seconds, `kills` times, then let it end. How many kills hit a live run."""
-    hits, arguments = 0, [*arguments, "--out", str(out)]
-    for _ in range(kills):
+def kill_and_resume(zygote, arguments: list[str], out: Path, kills: int, rng: random.Random, longest: float) -> None:
+    """Kill the run after up to `longest` CPU seconds and go on, until `kills` of them have hit it; then let it end."""
+    arguments, hits = [*arguments, "--out", str(out)], 0
+    while hits < kills:
         pid = zygote.start(args=[*arguments, *(["--resume"] if (out / "config.json").exists() else [])])
         deadline = rng.uniform(0, longest)
         while (used := cpu_seconds(pid)) is not None and used < deadline:
@@ -105,12 +105,11 @@ def kill_and_resume(zygote, arguments: list[str], out: Path, kills: int, rng: ra
         hits += status != 0
     status, said = zygote.run(args=[*arguments, "--resume"])
     assert status == 0, said
-    return hits
 
 
 def test_killed_ten_times_it_ends_as_if_it_had_not(zygote, folder, arguments, whole):
     """SIGKILL at ten random moments of two runs, spread over loading, growing, RL, checkpoints and evaluation."""
-    total, rng, hits = 0.0, random.Random(7), 0
+    total, rng = 0.0, random.Random(7)
     pid = zygote.start(args=[*arguments, "--out", str(folder / "timed")])  # how long it takes
     while (used := cpu_seconds(pid)) is not None:
         total = used
@@ -118,16 +117,15 @@ def test_killed_ten_times_it_ends_as_if_it_had_not(zygote, folder, arguments, wh
     assert zygote.wait()[0] == 0
     assert end_state(folder / "timed") == end_state(whole)  # two runs with one seed
     for out, more in ((folder / "a", []), (folder / "b", ["--save-every", "3"])):
-        hits += kill_and_resume(zygote, [*arguments, *more], out, KILLS // 2, rng, total * 0.8)
+        kill_and_resume(zygote, [*arguments, *more], out, KILLS // 2, rng, total * 0.7)
         assert end_state(out) == end_state(whole)
-    assert hits >= KILLS - 3  # the others came when the run was over
 
 
 def test_killed_in_the_warm_up_it_warms_up_again(zygote, folder):
     """No half-made base is ever taken for a base."""
     arguments = flags(**SETTINGS | dict(steps=1, rounds=1, grow_rounds=1), hidden=8, patience=0.004)
     assert zygote.run(args=[*arguments, "--out", str(folder / "warm")])[0] == 0
-    assert kill_and_resume(zygote, arguments, folder / "cold", 2, random.Random(1), 0.8) == 2
+    kill_and_resume(zygote, arguments, folder / "cold", 2, random.Random(1), 0.8)
     assert end_state(folder / "cold") == end_state(folder / "warm")
 
 

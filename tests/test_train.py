@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 import data
 import evolve
 import train
-from lse import LocalModel, MasterAdamW, Sample, logprobs
+from lse import EvolutionTree, LocalModel, MasterAdamW, Sample, logprobs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -143,6 +143,19 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(small, tmp_
     assert tiny.end_state(tmp_path / "a") == tiny.end_state(tmp_path / "b")
 
 
+def test_before_and_after_are_the_base_and_the_editor_on_unseen_domains(small, base, tmp_path):
+    """The results come again when the two saved models evolve the test domains; the trees are the trained editor's."""
+    results = small(tmp_path / "run", lr=0.03)
+    task, s = data.Mini(), train.Config(**results["config"])
+    solver, editor = evolve.load_model(base), evolve.load_model(tmp_path / "run/editor")
+    for name, model in (("untrained", solver), ("trained", editor)):
+        again, trees = train.evaluate(task, solver, model, s, "")
+        assert again == results[name]
+        saved = {file.stem: EvolutionTree.load(file).nodes for file in (tmp_path / "run/trees").glob("*.json")}
+        assert ({d: tree.nodes for d, tree in trees.items()} == saved) == (name == "trained")
+        assert set(trees) == set(task.domains("test"))
+
+
 def test_threads_and_batch_size_change_no_greedy_answer(base):
     """On a model with weights large enough that its answers differ."""
     task, answers = data.Mini(2, 0, 0), []
@@ -214,6 +227,23 @@ def test_a_policy_learns_and_with_the_sign_flipped_it_unlearns(monkeypatch):
     assert first < 0.15 and last > 0.5
     first, last = learned(-1, monkeypatch)
     assert 0.05 < first < 0.15 and last < 0.03
+
+
+def test_states_with_more_to_gain_are_drawn_more_often(monkeypatch):
+    """In proportion to potential + 0.1: of 2,000 draws from (0, 0.1, 0.7), shares of 0.1, 0.2 and 0.7 (s.d. 0.01)."""
+    class Drawn(Exception):
+        pass
+
+    def rollout(task, solver, editor, states, s, step):
+        raise Drawn([state["potential"] for state in states])
+
+    monkeypatch.setattr(train, "rollout", rollout)
+    pool = [{"potential": potential} for potential in (0.0, 0.1, 0.7)]
+    optimizer = MasterAdamW(torch.nn.Linear(1, 1), lr=1.0)
+    with pytest.raises(Drawn) as drawn:
+        train.train_step(None, None, None, optimizer, pool, train.Config(states=2000, steps=1, lr=1.0), 0)
+    shares = [drawn.value.args[0].count(state["potential"]) / 2000 for state in pool]
+    assert shares == pytest.approx([0.1, 0.2, 0.7], abs=0.05)
 
 
 class Scribe:
@@ -300,13 +330,13 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(small, monkeypa
 
     def loss(*args):
         steps.append(1)
-        return real(*args) * (math.nan if len(steps) in (2, 3) else 1)
+        return real(*args) * {2: math.nan, 3: math.inf}.get(len(steps), 1)
 
     monkeypatch.setattr(train, "policy_loss", loss)
     results = small(tmp_path / "run")
     lines = log_lines(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [False, True, True, False] and results["skipped_steps"] == 2
-    assert lines[1]["grad_norm"] is None and "NaN" not in (tmp_path / "run/log.jsonl").read_text()
+    assert lines[1]["grad_norm"] is None and not re.search("NaN|Inf", (tmp_path / "run/log.jsonl").read_text())
     said = capsys.readouterr().out
     assert said.count("SKIPPED") == 2 and "2 steps were skipped" in said
 
@@ -362,7 +392,7 @@ def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeyp
 
 
 @pytest.mark.parametrize("settings, sentence", [
-    (dict(states=0), "must be 1 or more"), (dict(group=0), "must be 1 or more"), (dict(k=0), "--k"),
+    (dict(states=0), "must be 1 or more"), (dict(test=0), "must be 1 or more"), (dict(k=0), "--k"),
     (dict(states=3, processes=2), "--states 3 cannot be shared by 2 processes"),
     (dict(editor_tokens=1900, solver_tokens=200), "reads 2048 tokens"),
     (dict(free=100), "GB for checkpoints"), (dict(nan=True), "not finite"),
