@@ -154,6 +154,7 @@ class LocalModel:
         rows = sorted(set(prompts)) if greedy else sorted(prompts * n)
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
         options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0}
+        options["remove_invalid_values"] = True  # a NaN among the logits must not end the process (on a GPU it would)
         options |= {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         pending = self._batches(rows, max_new_tokens)[::-1]
         while pending:
