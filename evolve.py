@@ -1,13 +1,14 @@
 """Self-evolution at test time: Algorithm 1 of the paper, three baselines in the same loop, and their comparison.
 
-    python evolve.py                                      the editor that `python train.py` made, on unseen mini domains
-    python evolve.py --compare                            untrained and trained editor x every search, as one table
+    python evolve.py                                  the editor of `python train.py` on unseen mini domains
+    python evolve.py --compare                        untrained and trained editor x all methods, as one table
     python evolve.py --task bird --data DIR --solver Qwen/Qwen3-4B-Instruct-2507 --editor runs/bird/editor
-    python evolve.py --task jsonl --data my.jsonl --solver http://localhost:8000/v1 --editor https://api.openai.com/v1 \\
-                     --editor-model gpt-5                 any OpenAI-compatible server, key in $LSE_API_KEY
+    python evolve.py --task jsonl --data my.jsonl --solver http://localhost:8000/v1 --editor https://api.openai.com/v1
+                     --editor-model gpt-5             any OpenAI-compatible server, key in $LSE_API_KEY
+    python evolve.py ... --dry-run                    check everything, say what it would cost, ask no model
 
-One round: pick a node of the tree, let the frozen solver answer k fresh problems under its instructions, show the graded
-answers to the editor, score what it writes on the holdout, attach it. No weights change here.
+One round: pick a node of the tree, let the frozen solver answer k fresh problems under its instructions, show the
+graded answers to the editor, score what it writes on the holdout, attach it. No weights change here.
 
 Left out on purpose: parallel rounds of one tree (each edit reads the one before), early stopping, merging of branches.
 """
@@ -22,7 +23,9 @@ import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Collection
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -33,7 +36,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from data import Answer, Problem, extract_tag, load_task
+from data import Answer, Problem, cut, extract_tag, load_task
 from lse import EvolutionTree, LocalModel, RemoteModel, Sample
 
 
@@ -61,29 +64,36 @@ class Settings:
     editor_temperature: float | None = option(None, "temperature of the editor at test time (training samples at 1)")
     top_p: float | None = option(None, "nucleus of the solver, and of the editor at test time")
     top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
-    max_prompt_tokens: int = option(0, "longest editor prompt; problems are dropped from the summary to fit. 0: no limit")
+    max_prompt_tokens: int = option(0, "longest editor prompt: problems are left out to fit; 0: what the model reads")
 
 
 PRESETS = {  # what a field left at None becomes
     # The miniature's solver is so sure of itself that one greedy answer loses nothing; c was chosen on its dev domains.
     "mini": dict(rounds=10, k=4, holdout=8, test=32, samples=1, c=0.3, solver_tokens=16, editor_tokens=40,
                  solver_temperature=0.0, editor_temperature=0.7, top_p=0.8, top_k=20),
-    "paper": dict(rounds=25, k=10, holdout=50, test=50, samples=8, c=2.0, solver_tokens=2048, editor_tokens=4096,
+    # The paper keeps no test split. 30 is what a subject of MMLU-Redux (95 problems) has left for one.
+    "paper": dict(rounds=25, k=10, holdout=50, test=30, samples=8, c=2.0, solver_tokens=2048, editor_tokens=4096,
                   solver_temperature=0.7, editor_temperature=0.7, top_p=0.8, top_k=20),
-    # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
-    "rehearsal": dict(rounds=2, k=2, holdout=4, test=4, samples=1, c=2.0, solver_tokens=32, editor_tokens=64,
-                      solver_temperature=0.7, editor_temperature=0.7, top_p=0.8, top_k=20),
 }
+# A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
+PRESETS["rehearsal"] = PRESETS["paper"] | dict(rounds=2, k=2, holdout=4, test=4, samples=1, solver_tokens=32,
+                                               editor_tokens=64)
 
 
 def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote: bool = False) -> Settings:
     """The same settings with every None filled in: the miniature's values, the paper's, or without a GPU a rehearsal's.
 
     `remote`: the models run elsewhere, so this machine needs no GPU. `presets` adds to those that both scripts share.
+    ValueError names what no run could work with.
     """
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
     values = PRESETS[kind] | presets[kind]
-    return replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
+    s = replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
+    low = [f"--{name} {value}" for name, value in asdict(s).items() if isinstance(value, (int, float)) and
+           value < (name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds"))]
+    if low or not 0 < s.top_p <= 1:
+        raise ValueError(f"{', '.join(low) or f'--top-p {s.top_p}'} cannot be: too small, or a share beyond 1.")
+    return s
 
 
 def solver_sampling(s: Settings) -> dict:
@@ -101,10 +111,10 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
         tokenizer = AutoTokenizer.from_pretrained(name)
         dtype = torch.bfloat16 if device != "cpu" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-    except (OSError, ValueError) as error:
-        where = "a folder without a checkpoint" if Path(name).is_dir() else "neither a folder here nor to be had from the hub"
-        raise SystemExit(f"{name} is {where}: {str(error).splitlines()[0]}") from None
-    return LocalModel(model, tokenizer, max_batch_tokens)
+        return LocalModel(model, tokenizer, max_batch_tokens)
+    except Exception as error:  # half a download, no chat template, ...: every library has errors of its own
+        why = (str(error) or repr(error)).strip().splitlines()[0]
+        raise SystemExit(f"No model can be loaded from {name} (`python train.py` makes runs/...): {why}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,24 +125,29 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
 def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Problem]]:
     """Disjoint pool, holdout and test of one domain: as the task prescribes them, else drawn with the seed.
 
-    The pool feeds summaries, the holdout scores nodes, and the test split is touched once, at the end.
+    The pool feeds summaries, the holdout scores nodes, and the test split is touched once, at the end. A problem that
+    occurs twice is taken once: else its twin in the pool could give a test problem away. Batches are drawn with
+    replacement, so a pool of one problem would do; but k different ones are what an editor should see.
+    ValueError with the numbers where there are too few.
     """
-    if problems and all(p.split for p in problems):
-        parts = {name: [p for p in problems if p.split == name] for name in ("pool", "holdout", "test")}
-        return parts | {"holdout": parts["holdout"][: s.holdout], "test": parts["test"][: s.test]}
     domain = problems[0].domain if problems else "this domain"
-    if len(problems) < s.k + s.holdout + s.test:
-        raise SystemExit(
-            f"{domain} has {len(problems)} problems, fewer than k + holdout + test = {s.k} + {s.holdout} + {s.test}: "
-            "choose smaller --k, --holdout or --test, or leave the domain out with --domains."
-        )
-    shuffled = random.Random(f"{s.seed}/{domain}").sample(problems, len(problems))
+    if problems and all(p.split for p in problems):  # then --holdout and --test can only make a split smaller
+        parts = {name: [p for p in problems if p.split == name] for name in ("pool", "holdout", "test")}
+        parts |= {"holdout": parts["holdout"][: s.holdout], "test": parts["test"][: s.test]}
+        if not parts["pool"] or not parts["holdout"] or len(parts["test"]) < min(1, s.test):
+            raise ValueError(f"The problems of {domain} name their splits, and one of pool, holdout, test is empty.")
+        return parts
+    distinct = list({(p.question, p.evidence, p.choices, p.gold): p for p in reversed(problems)}.values())[::-1]
+    if len(distinct) < s.k + s.holdout + s.test:
+        raise ValueError(f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = {s.k} + {s.holdout}"
+                         f" + {s.test}: choose smaller --k, --holdout or --test, or other --domains.")
+    shuffled = random.Random(f"{s.seed}/{domain}").sample(distinct, len(distinct))
     held, tested = s.holdout, s.holdout + s.test
     return {"holdout": shuffled[:held], "test": shuffled[held:tested], "pool": shuffled[tested:]}
 
 
 def draw_batch(pool: list[Problem], s: Settings, domain: str, round_: int) -> list[Problem]:
-    """k problems, with replacement as in the paper. They depend on seed, domain and round: every method sees the same."""
+    """k problems, with replacement as in the paper. They hang on seed, domain and round: all methods see the same."""
     return random.Random(f"{s.seed}/{domain}/{round_}").choices(pool, k=s.k)
 
 
@@ -147,15 +162,13 @@ def solve_all(task, solver, jobs: list[tuple[str, list[Problem]]], samples: int 
     texts = [(problem, sample.text) for problem, sample in pairs]
     many = getattr(task, "grade_many", None)  # a task may grade side by side on all cores
     grades = many(texts) if many else [task.grade(problem, text) for problem, text in texts]
-    answers = iter(
-        Answer(p.id, p.question, s.text, g.answer, p.gold, g.correct, g.feedback, s.truncated)
-        for (p, s), g in zip(pairs, grades)
-    )
+    answers = iter([Answer(p.id, p.question, s.text, g.answer, p.gold, g.correct, g.feedback, s.truncated)
+                    for (p, s), g in zip(pairs, grades)])
     return [[next(answers) for _ in range(len(problems) * samples)] for _, problems in jobs]
 
 
 def solve(task, solver, instructions: str, problems: list[Problem], samples: int = 1, **sampling) -> list[Answer]:
-    """Graded answers of the solver to the problems of one domain under some instructions (y ~ π_θ(x, c) and R(x, y))."""
+    """Graded answers of the solver to problems of one domain under some instructions: y ~ π_θ(x, c) and R(x, y)."""
     return solve_all(task, solver, [(instructions, problems)], samples, **sampling)[0]
 
 
@@ -170,12 +183,25 @@ def score_all(task, solver, jobs: list[tuple[str, list[Problem]]], s: Settings) 
     return [problem_scores(a, s.samples) for a in solve_all(task, solver, jobs, s.samples, **solver_sampling(s))]
 
 
+def count_tokens(model, chat: list[dict]) -> int:
+    """Tokens of a prompt; for a remote model, whose tokenizer is not here, a quarter of the characters."""
+    return len(model.encode(chat)) if hasattr(model, "encode") else sum(len(m["content"]) for m in chat) // 4
+
+
+def context(model) -> int:
+    """Tokens that a local model reads, prompt and response together; 0 where nobody knows, as with a server."""
+    config = model.model.config.get_text_config() if isinstance(model, LocalModel) else None
+    return getattr(config, "max_position_embeddings", 0)
+
+
 def edit_chat(task, editor, instructions: str, summary: list[Answer], limit: int = 0) -> tuple[list[dict], int]:
-    """The editor's chat and the number of problems dropped from the end of the summary to fit `limit` tokens."""
-    kept = list(summary)
-    while limit and hasattr(editor, "encode") and len(kept) > 1:
-        if len(editor.encode(task.edit_chat(instructions, kept))) <= limit:
-            break
+    """The editor's chat and the number of problems dropped from the end of the summary to fit `limit` tokens.
+
+    Problems go whole, since half a query teaches nothing, and one always stays. 0: three quarters of what a local model
+    reads; the rest is for writing.
+    """
+    kept, limit = list(summary), limit or context(editor) * 3 // 4
+    while limit and len(kept) > 1 and count_tokens(editor, task.edit_chat(instructions, kept)) > limit:
         kept.pop()
     return task.edit_chat(instructions, kept), len(summary) - len(kept)
 
@@ -195,34 +221,53 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> tuple[str | None, st
 # Writing edits: LSE, and the baselines of Section 7 in PAPER order
 # ---------------------------------------------------------------------------------------------------------------------
 
-SEARCH_OF = {"textgrad": "chain", "reflexion": "chain", "gepa": "pareto"}  # "lse" takes any rule, ucb by default
+SEARCH_OF = {"gepa": "pareto", "textgrad": "chain", "reflexion": "chain"}
 LESSONS = 10  # how many Reflexion remembers
 
-CRITIC = """A model failed on problems under the instructions below. Say, in a few sentences, what in the instructions led to
-these failures and what should change. Do not write new instructions yet.\n\n# Instructions\n{}\n\n# Failures\n{}"""
+CRITIC = """A model failed on problems under the instructions below. Say, in a few sentences, what in the instructions
+led to these failures and what should change. Do not write new instructions yet.
+\n# Instructions\n{}\n\n# Failures\n{}"""
 REWRITE = """Improve the instructions below with the help of the feedback. Write the full new instructions between
 <IMPROVED_VARIABLE> and </IMPROVED_VARIABLE>.\n\n# Instructions\n{}\n\n# Feedback\n{}"""
-LESSON = "Do not rewrite the instructions. Instead write the one lesson most worth adding between <lesson> and </lesson>."
+LESSON = "Do not rewrite them: write only the one lesson most worth adding, between <lesson> and </lesson>."
+
+
+def methods(task) -> list[str]:
+    """The methods that fit a task. One that reads edits in its own way, such as the miniature, has but one tag."""
+    return ["lse", "gepa"] if hasattr(task, "read_edit") else ["lse", *SEARCH_OF]
+
+
+def search_rule(task, method: str, search: str = "ucb") -> str:
+    """The rule that a method searches by: "lse" takes any, a baseline brings its own. ValueError if it does not fit."""
+    if method not in methods(task):
+        raise ValueError(f"--method {method} does not fit the task {task.name}: choose {', '.join(methods(task))}.")
+    return SEARCH_OF.get(method, search)
 
 
 def failures(summary: list[Answer], most: int = 6) -> str:
-    """Up to six wrong answers for TextGrad's critic, those with different feedback first."""
+    """Up to six wrong answers for TextGrad's critic, those with different feedback first; long fields are cut short."""
     wrong = [a for a in summary if not a.correct]
     first = list({a.feedback: a for a in reversed(wrong)}.values())[::-1]
     chosen = (first + [a for a in wrong if a not in first])[:most]
-    return "\n\n".join(f"{a.question}\nanswer: {a.answer}\nexpected: {a.gold}\n{a.feedback}" for a in chosen) or "(none)"
+    parts = ((a.question, f"answer: {a.answer}", f"expected: {a.gold}", a.feedback) for a in chosen)
+    return "\n\n".join("\n".join(cut(text, 1500) for text in fields) for fields in parts) or "(none)"
 
 
 def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]], s: Settings) -> list[tuple]:
-    """One edit per job (old instructions, summary): (new instructions or None, why not, what the editor wrote)."""
+    """One edit per job (old instructions, summary): (new instructions or None, why not, what the editor wrote).
+
+    "lse" and "gepa" ask in the task's own words for a rewrite. Reflexion adds a lesson to what is there, and forgets
+    the oldest. TextGrad's "gradient" is text: a critique, which a second call applies.
+    """
     tag, sampling = {"textgrad": "IMPROVED_VARIABLE", "reflexion": "lesson"}.get(method, "prompt"), editor_sampling(s)
-    chats = [edit_chat(task, editor, old, summary, s.max_prompt_tokens)[0] for old, summary in jobs]
-    if method == "reflexion":
-        chats = [[*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + "\n\n" + LESSON}] for chat in chats]
-    if method == "textgrad":  # the "gradient" is text: a critique, which a second call applies
+    if method == "textgrad":
         asked = [[{"role": "user", "content": CRITIC.format(old, failures(summary))}] for old, summary in jobs]
         critiques = [row[0].text for row in editor.sample(asked, **sampling)]
         chats = [[{"role": "user", "content": REWRITE.format(old, c)}] for (old, _), c in zip(jobs, critiques)]
+    else:
+        chats = [edit_chat(task, editor, old, summary, s.max_prompt_tokens)[0] for old, summary in jobs]
+    if method == "reflexion":
+        chats = [[*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + "\n\n" + LESSON}] for chat in chats]
     edits = []
     for (old, _), (sample,) in zip(jobs, editor.sample(chats, **sampling)):
         text, note = read_edit(task, sample, tag)
@@ -240,6 +285,7 @@ def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]],
 
 def plant(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
     """One tree per domain: the seed instructions, scored on the holdout."""
+    torch.manual_seed(hash((s.seed, 0, 0)))  # every draw depends on seed and place alone: resuming repeats it
     jobs = [(task.seed_instructions, split_problems(task.problems(d), s)["holdout"]) for d in domains]
     scores = score_all(task, solver, jobs, s)
     return {d: EvolutionTree(task.seed_instructions, fmean(x), x, c=s.c) for d, x in zip(domains, scores)}
@@ -249,8 +295,10 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
                method: str = "lse", on_round=None, progress: str = "") -> dict[str, EvolutionTree]:
     """Grow every domain's tree to `s.rounds` rounds, all in step, so that each model call is one large batch.
 
-    Each round adds one node to each tree, so an interrupted run goes on where the trees stand.
+    Each round adds one node to each tree, so an interrupted run goes on where the trees stand. A baseline brings its
+    own search rule. `on_round(trees)` is called after each round.
     """
+    search = search_rule(task, method, search)
     splits = {d: split_problems(task.problems(d), s) for d in trees}
     first = min((len(tree.nodes) - 1 for tree in trees.values()), default=0)
     for round_ in tqdm(range(first, s.rounds), initial=first, total=s.rounds, desc=progress, unit="round",
@@ -284,22 +332,27 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
     return trees
 
 
-def evolve(task, domain: str, solver, editor, settings: Settings | None = None, search: str = "ucb", method: str = "lse",
-           **changes) -> EvolutionTree:
+def evolve(task, domain: str, solver, editor, settings: Settings | None = None, search: str = "ucb",
+           method: str = "lse", **changes) -> EvolutionTree:
     """Evolve the instructions of one domain; `changes` are fields of Settings, such as rounds=5.
 
     What stays None takes the preset of the task's name (see with_presets); a task of your own gets the paper's values.
     """
-    s = with_presets(replace(settings or Settings(task=task.name), **changes), remote=True)
+    s = with_presets(replace(settings or Settings(), **{"task": task.name} | changes), remote=True)
     return evolve_all(task, plant(task, [domain], solver, s), solver, editor, s, search, method)[domain]
 
 
 def final_test(task, trees: dict[str, EvolutionTree], solver, s: Settings) -> dict[str, tuple[list, list]]:
-    """Per domain, the test scores under the seed instructions and under the best node's: problems not touched before."""
-    jobs = [(text, split_problems(task.problems(d), s)["test"]) for d, tree in trees.items()
-            for text in (tree.nodes[0].instructions, tree.best().instructions)]
-    scores = score_all(task, solver, jobs, s)
-    return dict(zip(trees, zip(scores[::2], scores[1::2])))
+    """Per domain, the test scores under the seed instructions and under the best node's: problems not touched before.
+
+    Where no edit beat the seed instructions both are the same answers, and the gain is exactly 0.
+    """
+    torch.manual_seed(hash((s.seed, 0, 1)))
+    pairs = {d: [(d, tree.nodes[0].instructions), (d, tree.best().instructions)] for d, tree in trees.items()}
+    asked = list(dict.fromkeys(sum(pairs.values(), [])))
+    jobs = [(text, split_problems(task.problems(d), s)["test"]) for d, text in asked]
+    scores = dict(zip(asked, score_all(task, solver, jobs, s)))
+    return {d: (scores[seed], scores[best]) for d, (seed, best) in pairs.items()}
 
 
 def mean_error(values: list[float]) -> tuple[float, float]:
@@ -516,35 +569,40 @@ class Config(Settings):
     editor_model: str = option("", "the editor's name on its server; empty: the first that the server lists")
     search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
     method: Literal["lse", "textgrad", "gepa", "reflexion"] = option("lse", "lse, or a baseline in the same loop")
-    domains: str = option("", "domains by name, separated by commas, or how many of the task's test domains; empty: all")
-    compare: bool = option(False, "untrained (the solver itself) and trained editor x every search, as one table")
+    domains: str = option("", "domains by name, separated by commas, or how many of the test domains; empty: all")
+    compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as one table")
     seeds: int = option(3, "seeds of --compare")
-    paper_protocol: bool = option(False, "the paper's protocol: holdout 50 x 8 answers, T = 25, k = 10, no test split")
+    paper_protocol: bool = option(False, "the paper's values: holdout 50 x 8, T = 25, k = 10, no test split")
     max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
     out: str = option("", "the run's folder; empty: runs/<task>-evolve")
     resume: bool = option(False, "go on where the trees in --out stand")
     overwrite: bool = option(False, "delete the run in --out first")
+    dry_run: bool = option(False, "check everything that can be checked, print the plan and its cost, and stop")
 
 
-def open_run(s, out: Path, free: Collection[str]) -> None:
+def open_run(s, out: Path, free: Collection[str], look: bool = False) -> None:
     """Make the run's folder, or find it as these settings left it. SystemExit in one sentence where that cannot be.
 
-    `free` names the settings that may differ when a run is resumed.
+    `free` names the settings that may differ when a run is resumed. `look` only finds out. A folder is deleted only if
+    it holds a config.json of this very script: a checkpoint, which has one too, never is.
     """
     file, settings = out / "config.json", asdict(s)
-    if s.overwrite and not s.resume and file.exists():
-        shutil.rmtree(out)
-    if file.exists() and not s.resume:
-        raise SystemExit(f"{out} holds a run: go on with it by --resume, delete it by --overwrite, or name another --out.")
-    if s.resume and not file.exists():
-        raise SystemExit(f"{out} holds no run to resume (no config.json): leave --resume out to start one.")
-    if s.resume:
-        old = json.loads(file.read_text())
-        changed = [f"--{name} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
-                   if name not in {*free, "resume", "overwrite"} and old.get(name) != value]
-        if changed:
-            raise SystemExit(f"{out} was run with other settings ({'; '.join(changed)}): give the same, or another --out.")
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    changed = [f"--{name} was {old.get(name)!r}, is now {value!r}" for name, value in settings.items()
+               if name not in {*free, "resume", "overwrite"} and old.get(name) != value]
+    for is_so, what in (
+            (old and not old.keys() >= settings.keys() - {*free}, "is no run of this script: name another --out"),
+            (old and not s.resume and not s.overwrite,
+             "holds a run: go on with it by --resume, delete it by --overwrite, or name another --out"),
+            (s.resume and not old, "holds no run to resume: leave --resume out to start one"),
+            (s.resume and changed, f"was run otherwise ({'; '.join(changed)}): give the same, or another --out")):
+        if is_so:
+            raise SystemExit(f"{out} {what}.")
+    if look:
+        return
     try:
+        if old and not s.resume:
+            shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(settings, indent=1))
     except OSError as error:
@@ -557,37 +615,81 @@ def write_text(path: Path, text: str) -> None:
     os.replace(path.with_name(path.name + ".tmp"), path)
 
 
-def load_models(s: Config):
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def load_models(s: Config) -> list[LocalModel | RemoteModel]:
     """Solver and editor. One checkpoint in both roles is loaded once, behind two counters."""
-    names = [s.solver or f"runs/{s.task}/base", s.editor or f"runs/{s.task}/editor"]
-    models = []
+    models, names = [], [s.solver or f"runs/{s.task}/base", s.editor or f"runs/{s.task}/editor"]
     for name, served in zip(names, (s.solver_model, s.editor_model)):
-        if name.startswith(("http://", "https://")):
-            models.append(RemoteModel(name, served or None))
-        elif models and name == names[0]:
-            models.append(LocalModel(models[0].model, models[0].tokenizer, s.max_batch_tokens))
-        else:
-            models.append(load_model(name, s.max_batch_tokens))
+        if is_url(name):
+            try:  # is anybody there? A server that is, but lists no models, will do if it need not choose one
+                first = RemoteModel(name, timeout=20, retries=1).model
+            except ConnectionError as error:
+                if not served or "no answer" in str(error):
+                    raise
+            models.append(RemoteModel(name, served or first))
+        else:  # a copy shares the weights and counts for itself
+            models.append(copy(models[0]) if models and name == names[0] else load_model(name, s.max_batch_tokens))
     return models
 
 
 def pick_domains(task, wanted: str) -> list[str]:
-    """All test domains, the first n of them, or those named."""
-    if not wanted or wanted.isdigit():
-        return task.domains("test")[: int(wanted or 0) or None]
-    names, known = [name.strip() for name in wanted.split(",")], task.domains("all")
+    """All test domains, the first n of them, or those named. A name may itself be a number or hold a comma."""
+    known = task.domains("all")
+    names = ([wanted] if wanted in known else
+             task.domains("test")[: int(wanted or 0) or None] if (wanted or "0").isdecimal() else
+             list(dict.fromkeys(name.strip() for name in wanted.split(","))))
     missing = [name for name in names if name not in known]
-    if missing:
+    if missing or not names:
         raise SystemExit(f"No domain {', '.join(missing)} in {task.name}; there are: {', '.join(known)[:2000]}.")
     return names
 
 
+def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
+    """What the run will ask for at most, in a few lines.
+
+    Everything that can be checked without asking a model is checked by now, the last of it here: the grader, the
+    longest prompts, room on the disk. So nothing fails after hours that could have failed at once. ValueError says how.
+    """
+    problems = [problem for parts in splits.values() for part in parts.values() for problem in part]
+    longest = max(problems, key=lambda problem: len(str(task.solve_chat("", problem))))
+    task.grade(longest, "")
+    seen = [Answer(longest.id, longest.question, longest.gold, longest.gold, longest.gold, False)] * s.k
+    seed, tries = task.seed_instructions, s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1
+    held, tested = (sum(len(parts[name]) for parts in splits.values()) * s.samples for name in ("holdout", "test"))
+    edits = tries * len(splits) * s.rounds * (1 + (s.method == "textgrad"))  # TextGrad asks twice, GEPA solves twice
+    answers = tries * (held * (1 + s.rounds) + 2 * tested + len(splits) * s.rounds * s.k * (1 + (s.method == "gepa")))
+    size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens) / 1e6
+    free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free / 1e6
+    if free < size:
+        raise ValueError(f"{out} may grow to {size:,.0f} MB, and its disk has {free:,.0f} MB free: make room.")
+    lines = [f"{d}: {', '.join(f'{len(part)} {name}' for name, part in parts.items())}" for d, parts in splits.items()]
+    for role, model, calls, chat in (
+            ("solver", solver, answers, task.solve_chat(seed, longest)),
+            ("editor", editor, edits, edit_chat(task, editor, seed, seen, s.max_prompt_tokens)[0])):
+        prompt, new = count_tokens(model, chat), getattr(s, f"{role}_tokens")
+        if 0 < context(model) < prompt + s.editor_tokens + new:  # instructions may become as long as an edit
+            raise ValueError(f"The {role} reads {context(model)} tokens, too few for a prompt of {prompt}, {new} to "
+                             f"write (--{role}-tokens) and new instructions of {s.editor_tokens} (--editor-tokens).")
+        lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
+                     f"{calls * prompt:,} tokens to read and {calls * new:,} to write")
+    return "\n  ".join(["Plan", *lines, f"{s.rounds} rounds in {out}: up to {size:,.0f} MB, {free:,.0f} MB are free"])
+
+
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
-    """The saved trees of a killed run, {} unless all are there. Killed while saving, some are one round ahead: cut back."""
-    files = {d: folder / f"{tree_name(d)}.json" for d in domains}
-    if not all(file.exists() for file in files.values()):
+    """The saved trees of a killed run, {} unless all are there.
+
+    One that was killed while saving has left some trees a round ahead of the others: they are cut back.
+    """
+    files = [folder / f"{tree_name(d)}.json" for d in domains]
+    if not all(file.exists() for file in files):
         return {}
-    trees = {d: EvolutionTree.load(file) for d, file in files.items()}
+    try:
+        trees = dict(zip(domains, map(EvolutionTree.load, files)))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder} holds a file that is no tree ({error}): start over with --overwrite.") from None
     rounds = min(len(tree.nodes) for tree in trees.values())
     for tree in trees.values():
         for node in tree.nodes[rounds:]:
@@ -598,92 +700,99 @@ def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
 
 
 def tree_name(domain: str) -> str:
-    """A file name for a domain of any name."""
-    return re.sub(r"[^\w.-]", "_", domain)
+    """A file name for a domain of any name, another one for another domain.
+
+    >>> tree_name("high school math"), tree_name("a/b"), tree_name("a_b")
+    ('high school math', 'a%2f%b', 'a_b')
+    """
+    return re.sub(r"[^\w. -]", lambda odd: f"%{ord(odd[0]):x}%", domain)
 
 
-def cost(solver, editor) -> str:
-    return ";  ".join(f"{role}: {m.calls:,} answers, {m.prompt_tokens:,} + {m.completion_tokens:,} tokens"
-                      for role, m in (("solver", solver), ("editor", editor)))
+def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
+    """{untrained, trained} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
-
-def compare(task, domains: list[str], solver, editor, s: Config) -> str:
-    """{untrained, trained} x searches x seeds as a Markdown table: mean ± s.e. over domains, each averaged over seeds."""
-    untrained = LocalModel(solver.model, solver.tokenizer) if isinstance(solver, LocalModel) else solver
-    table = ["| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |", "|---|---|---|---|---|---|"]
-    for label, model in (("untrained", untrained), ("trained", editor)):
-        for method, search in (("lse", "chain"), ("lse", "best"), ("lse", "ucb"), ("gepa", "pareto")):
-            holdout, test, start = ({d: [] for d in domains} for _ in range(3))
-            calls = solver.calls
+    A row is saved when it is done, and not done again by --resume. The report shows the first domain and seed.
+    """
+    file, runs = out / "compare.md", {}
+    head = "| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |"
+    table = file.read_text(encoding="utf-8").splitlines() if s.resume and file.exists() else [head, "|---" * 6 + "|"]
+    print("\n".join(table), flush=True)
+    rows = [(label, model, method, search_rule(task, method, search)) for label, model in
+            (("untrained", copy(solver)), ("trained", editor))  # a copy counts for itself
+            for method, search in [("lse", "chain"), ("lse", "best"), *((m, "ucb") for m in methods(task))]]
+    for i, (label, model, method, search) in enumerate(rows):
+        name, calls, means = f"{label} | {method} ({search})", solver.calls, {d: [] for d in domains}
+        sample = out / "trees" / f"{tree_name(f'{domains[0]} {label} {method} {search}')}.json"
+        if i + 2 == len(table):
             for seed in range(s.seed, s.seed + s.seeds):
                 own = replace(s, seed=seed)
                 trees = plant(task, domains, solver, own)
-                evolve_all(task, trees, solver, model, own, search, method, progress=f"{label} {method} {search} {seed}")
-                for d, (before, after) in final_test(task, trees, solver, own).items():
-                    holdout[d].append(trees[d].best().score)
-                    test[d].append(fmean(after))
-                    start[d].append(fmean(before))
-            cells = ["{:.3f} ± {:.3f}".format(*mean_error([fmean(x) for x in v.values()])) for v in (holdout, test, start)]
-            name = search if method == "lse" else f"{method} ({search})"
-            table.append(f"| {label} | {name} | {' | '.join(cells)} | {(solver.calls - calls) // s.seeds:,} |")
+                evolve_all(task, trees, solver, model, own, search, method, progress=f"{name}, seed {seed}")
+                trees[domains[0]].save(sample)
+                tested = final_test(task, trees, solver, own) if s.test else dict.fromkeys(trees, ())
+                for d, tree in trees.items():
+                    means[d].append((tree.best().score, *(fmean(scores) for scores in tested[d][::-1])))
+            columns = zip(*[[fmean(column) for column in zip(*seeds)] for seeds in means.values()])
+            cells = ["{:.3f} ± {:.3f}".format(*mean_error(column)) for column in columns] + ["–", "–"]
+            table.append(f"| {name} | {' | '.join(cells[:3])} | {(solver.calls - calls) // s.seeds:,} |")
             print(table[-1], flush=True)
-    return "\n".join(table)
+            write_text(file, "\n".join(table) + "\n")
+        runs[name] = EvolutionTree.load(sample)
+    write_report(out / "report.html", runs, f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}")
+    print(f"Saved in {out}: compare.md, report.html.")
+
+
+def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out: Path) -> None:
+    """Save, then say what came out: the optimistic and the honest number, the cost, the trees."""
+    parts = {"holdout": {d: (tree.nodes[0].scores, tree.best().scores) for d, tree in trees.items()}}
+    parts |= {"test": final_test(task, trees, solver, s)} if s.test else {}
+    results, text = {"config": asdict(s), "instructions": {d: t.best().instructions for d, t in trees.items()}}, ""
+    for part, pairs in parts.items():
+        means = {d: [fmean(scores) for scores in pair] for d, pair in pairs.items()}  # domain -> [before, after]
+        over, of = (means.values(), "domains") if len(means) > 1 else (zip(*[*pairs.values()][0]), "problems")
+        (gain, error), (before, after) = mean_error([b - a for a, b in over]), map(fmean, zip(*means.values()))
+        results[part] = {"seed": before, "best": after, "gain": gain, "stderr": None if math.isnan(error) else error,
+                         "domains": means}
+        remark = "optimistic: the search chose by it" if part == "holdout" else "never touched before"
+        text += (f"{part.capitalize()} ({remark}): {before:.3f} -> {after:.3f}, "
+                 f"gain {gain:+.3f} ± {error:.3f} (paired, over {of})\n")
+    results["cost"] = {role: {"answers": m.calls, "tokens read": m.prompt_tokens, "tokens written": m.completion_tokens}
+                       for role, m in (("solver", solver), ("editor", editor))}
+    write_text(out / "results.json", json.dumps(results, indent=1))
+    write_report(out / "report.html", dict(list(trees.items())[:20]), f"{s.task}: {s.method}")
+    for d, tree in list(trees.items())[: 3 if len(trees) <= 3 else 1]:
+        best = clean(tree.best().instructions) or "(empty)"
+        print(f"\n{clean(d)} (* leads to the best node)\n{tree_text(tree)}\nBest instructions:\n{best}\n")
+    print(f"{text}Cost{' since --resume' * s.resume}: {json.dumps(results['cost'])[1:-1]}\n"
+          f"Saved in {out}: trees/, results.json, report.html.")
 
 
 def main(s: Config) -> None:
-    """Evolve some domains and say what was gained, or compare."""
-    if s.paper_protocol:
-        s = replace(s, rounds=25, k=10, holdout=50, samples=8, test=0)
-    remote = all(name.startswith("http") for name in (s.solver, s.editor))
-    s = with_presets(s, PRESETS, remote)
+    """Check everything, then evolve some domains and say what was gained, or compare."""
+    presets = dict.fromkeys(PRESETS, PRESETS["paper"] | {"test": 0}) if s.paper_protocol else PRESETS
+    s = with_presets(s, presets, remote=is_url(s.solver) and is_url(s.editor))
     task, out = load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}-evolve")
-    domains = pick_domains(task, s.domains)
-    for d in domains:  # too few problems are an error before any model is loaded
-        split_problems(task.problems(d), s)
+    splits = {d: split_problems(task.problems(d), s) for d in pick_domains(task, s.domains)}
+    rule = search_rule(task, s.method, s.search)
     solver, editor = load_models(s)
-    open_run(s, out, free=["rounds"])
+    print(plan(task, splits, solver, editor, s, out), flush=True)
+    open_run(s, out, free=["rounds", "dry_run"], look=s.dry_run)
+    if s.dry_run:
+        print("A dry run: no model was asked, nothing was written.")
+        return
     if s.compare:
-        write_text(out / "compare.md", compare(task, domains, solver, editor, s) + "\n")
-        print(f"Saved in {out / 'compare.md'}.")
+        compare(task, list(splits), solver, editor, s, out)
         return
 
     def save(trees: dict[str, EvolutionTree]) -> None:
         for d, tree in trees.items():
             tree.save(out / "trees" / f"{tree_name(d)}.json")
 
-    trees = restore_trees(out / "trees", domains) if s.resume else {}
+    trees = restore_trees(out / "trees", list(splits)) if s.resume else {}
     if not trees:
-        save(trees := plant(task, domains, solver, s))
-    search = SEARCH_OF.get(s.method, s.search)
-    evolve_all(task, trees, solver, editor, s, search, s.method, on_round=save, progress=f"{s.method} {search}")
+        save(trees := plant(task, list(splits), solver, s))
+    evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=f"{s.method} {rule}")
     finish(task, trees, solver, editor, s, out)
-
-
-def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out: Path) -> None:
-    """Say and save what came out: each tree, the optimistic and the honest number, the cost."""
-    for d, tree in trees.items():
-        best = tree.best()
-        if len(trees) <= 3 or d == next(iter(trees)):
-            print(f"\n{d} (* leads to the best node)\n{tree_text(tree)}\nBest instructions:\n{best.instructions}\n")
-    results = {"config": asdict(s), "domains": {d: {"seed_holdout": t.nodes[0].score, "best_holdout": t.best().score,
-                                                   "instructions": t.best().instructions} for d, t in trees.items()}}
-    rise = mean_error([t.best().score - t.nodes[0].score for t in trees.values()])
-    print("Holdout, best node minus seed instructions: {:+.3f} ± {:.3f} (optimistic: the search chose by it)".format(*rise))
-    if s.test:
-        tested = final_test(task, trees, solver, s)
-        per = {d: [b - a for a, b in zip(*scores)] for d, scores in tested.items()}
-        gains = list(map(fmean, per.values())) if len(per) > 1 else next(iter(per.values()))
-        for d, (before, after) in tested.items():
-            results["domains"][d] |= {"seed_test": fmean(before), "best_test": fmean(after)}
-        before, after = (fmean(fmean(scores[i]) for scores in tested.values()) for i in (0, 1))
-        results["test"] = {"seed": before, "best": after, "gain": mean_error(gains)}
-        print(f"Test, never touched before: {before:.3f} -> {after:.3f}, gain {{:+.3f}} ± {{:.3f}} (paired, over "
-              f"{'domains' if len(per) > 1 else 'problems'})".format(*mean_error(gains)))
-    results["cost"] = cost(solver, editor)
-    print(f"Cost: {results['cost']}")
-    write_text(out / "results.json", json.dumps(results, indent=1))
-    write_report(out / "report.html", dict(list(trees.items())[:20]), f"{s.task}: {s.method}")
-    print(f"Saved in {out}: trees/, results.json, report.html.")
 
 
 def command_line(config: type, doc: str):
@@ -693,9 +802,10 @@ def command_line(config: type, doc: str):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not cost a run its last lines
     try:
         main(command_line(Config, __doc__))
-    except (ValueError, OSError) as error:  # wrong paths and values, an unreachable server: a sentence, no traceback
+    except (ValueError, OSError) as error:  # wrong paths and values, a lost server: a sentence, no traceback
         raise SystemExit(f"evolve.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. Every finished round is saved: go on with the same command and --resume.") from None
+        raise SystemExit("\nStopped. All finished rounds are saved: run the same command with --resume.") from None
