@@ -35,14 +35,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -793,20 +789,24 @@ stands between the tags is run."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Multiple choice: MMLU-Redux, SuperGPQA, MMLU-Pro
+# Questions: MMLU-Redux, SuperGPQA, MMLU-Pro and your own
 # ---------------------------------------------------------------------------------------------------------------------
+# Every source (a JSONL or CSV file, a folder that `datasets` saved, the hub) becomes a list of records: flat dicts with
+# the fields as published and "where" each stands. `choice_problem` or `own_problem` makes problems of them.
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LETTER, NO_TAGS = "the letter of the one right option", "There is no closed pair of <answer> tags."
 REDUX, SUPERGPQA, MMLU_PRO = "edinburgh-dawg/mmlu-redux-2.0", "m-a-p/SuperGPQA", "TIGER-Lab/MMLU-Pro"  # on the hub
-Records = list[tuple[str, dict]]  # each with the place it stands at ("law.jsonl, line 3"), for the error messages
-Domains = dict[str, list[Problem]]
+# What the answer tags must hold, by grader: the letter of the gold option; the same text (white space aside); a number
+# within `tolerance`; a text in which the gold one occurs (in any case).
+GRADERS = {"choice": "one letter", "exact": "the answer alone", "number": "the number alone", "contains": "the answer"}
 
 
-def need(ok: object, where: object, wanted: str, found: object) -> None:
-    """One sentence for the owner of the data, unless `ok`."""
-    if not ok:
-        raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
+@dataclass(frozen=True)
+class Question(Problem):
+    """A problem that brings its grader along. `tolerance` is absolute and for "number"."""
+
+    grader: str = "choice"
+    tolerance: float = 0.0
 
 
 def read_letter(text: str, n: int) -> str | None:
@@ -819,6 +819,22 @@ def read_letter(text: str, n: int) -> str | None:
     around = r"""[\s.,:;()\[\]{}*_`'"$]*"""
     found = re.fullmatch(f"{around}([A-Za-z]){around}", text)
     return found[1].upper() if found and LETTERS.index(found[1].upper()) < n else None
+
+
+def read_number(text: str) -> float | None:
+    """The one number that `text` holds; None if there is none, more than one, or one too large for a float.
+
+    >>> [read_number(text) for text in ("42", "-1,234.50 km", "= $5.", "1/4", "6e-2", "3 or 4", "1.2.3", "ten")]
+    [42.0, -1234.5, 5.0, 0.25, 0.06, None, None, None]
+    """
+    text = text.replace("\N{MINUS SIGN}", "-")
+    plain = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+    found = re.search(rf"((?:[-+]\s*)?(?:{plain})(?:[eE][-+]?[0-9]+)?)(?:\s*/\s*([1-9][0-9]*))?", text)
+    # Any further digit, also "²" or "½", means that more was said than this one number.
+    if not found or any(c.isnumeric() for c in text[: found.start()] + text[found.end() :]):
+        return None
+    value = float(re.sub(r"[\s,]", "", found[1])) / float(found[2] or 1)
+    return value if math.isfinite(value) else None
 
 
 def gold_letter(value: object, n: int) -> str | None:
@@ -851,62 +867,78 @@ def choice_letter(record: dict) -> str | None:
     return letter if letter and LETTERS.index(letter) < n else None
 
 
-def numbered(source: object, rows: Iterable[dict]) -> Records:
-    """Rows of a table, each with its place."""
-    return [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
+def expected(wanted: str, where: str, found: object) -> ValueError:
+    """The error for the owner of the data: what was looked for, in which file and line, and what is there."""
+    return ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
 
 
-def read_records(path: Path) -> Records:
-    """The records of a JSONL, CSV or parquet file or a folder that `datasets` saved; ValueError names file and line."""
-    if path.is_dir() or path.suffix == ".parquet":
+def read_rows(path: Path) -> Iterable[dict | bytes]:
+    """The rows of a folder that `datasets` saved or of a CSV file, or the lines of a JSONL file."""
+    if path.is_dir():
         import datasets
 
-        load = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
-        return numbered(path, load(str(path)).to_list())
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
-    records: Records = []
+        return datasets.load_from_disk(str(path))
     if path.suffix == ".csv":
-        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)  # some of the authors' files use ';'
-        records = numbered(path, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    else:
-        for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside a string
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    record = f"{line[:60]} ({error})"
-                need(isinstance(record, dict), f"{path}, line {i}", "a JSON object {...}", record)
-                records.append((f"{path}, line {i}", record))
-    need(records, path, "at least one record", text[:60])
-    return records
+        text = path.read_text("utf-8-sig")
+        return csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=text.split("\n", 1)[0].count))
+    return path.read_bytes().rstrip().split(b"\n")  # splitlines() would also split at U+2028 inside a string
 
 
-def field(record: dict, where: str, *names: str) -> Any:
-    """The first of these fields that is filled; ValueError with the fields there are if none is."""
-    filled = [record[name] for name in names if record.get(name) is not None and str(record[name]).strip()]
-    need(filled, where, f"a filled field {' or '.join(names)}", [*record])
-    return filled[0]
+def read_records(rows: Iterable[dict | bytes], source: str, table: str) -> Iterator[dict]:
+    """Rows of any source in one form: "question", "answer", "choices" (() for none), "id", "domain", "where".
+
+    `table` is the domain and numbers the ids where a row does not say better. Its other fields stay, but empty ones are
+    left out. ValueError names the line.
+    """
+    for i, row in enumerate(rows, 1):
+        where = f"{source}, line {i}"
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            filled = {name: value for name, value in row.items() if value is not None and str(value).strip()}
+            given = next((name for name in ("answer_letter", "answer_index") if name in filled), "answer")
+            choices = filled.get("choices", filled.get("options", []))
+            choices = list(ast.literal_eval(choices) if isinstance(choices, str) else choices)  # a CSV has it as text
+            fields = {"answer": filled[given], "question": str(filled["question"]).strip(),
+                      "choices": tuple(map(str, choices)), "id": str(filled.get("id", f"{table}-{i}"))}  # fmt: skip
+        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            raise expected(f"question, answer and any list of choices ({error!r:.90})", where, row) from None
+        yield {"domain": table, **filled, **fields, "where": where}
 
 
-def options(record: dict, where: str, *names: str) -> list[str]:
-    """The record's list of choices, which a raw CSV holds as text."""
-    choices = field(record, where, *names)
-    if isinstance(choices, str):
-        with suppress(ValueError, SyntaxError):
-            choices = ast.literal_eval(choices.strip())
-    need(isinstance(choices, list) and 1 < len(choices) <= len(LETTERS), where, "a list of 2 to 26 choices", choices)
-    return [str(choice) for choice in choices]
+def read_folder(source: str) -> dict[str, list[dict]]:
+    """The records of a local copy: JSONL, CSV files and folders that `datasets` saved, one per subject, at any depth.
+
+    Folders and files named "test" are the part "test", all others are "train". "validation" and "dev" hold few-shot
+    examples and are left out, hidden files too.
+    """
+    root, parts = Path(source).expanduser().resolve(), {"train": [], "test": []}
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        path = file.parent if file.name == "state.json" else file  # what marks a folder that `datasets` saved
+        names = [Path(name).stem for name in path.relative_to(root.parent).parts]
+        hidden = names[-1] in ("validation", "dev") or any(name.startswith(".") for name in names[1:])
+        if not hidden and (path != file or file.suffix in (".jsonl", ".csv")):
+            table = path.parent.name if names[-1] in ("train", "test") else names[-1].removeprefix("mmlu_")
+            parts["test" if "test" in names[1:] else "train"] += read_records(read_rows(path), str(path), table)
+    return parts
 
 
-def choice_problem(record: dict, where: str, domain: str, id: str) -> Problem | None:
+def from_hub(name: str) -> list[dict]:
+    """The records of a data set of the hub, all its configurations; ConnectionError, one sentence, if that fails."""
+    import datasets
+
+    split = "train" if name == SUPERGPQA else "test"  # where its questions are
+    try:
+        tables = {t: datasets.load_dataset(name, t, split=split) for t in datasets.get_dataset_config_names(name)}
+    except Exception as error:  # offline, moved, gated, half a download: datasets raises a dozen kinds
+        raise ConnectionError(f"{name}: no download; go online or give --data FOLDER ({error!r:.200}).") from error
+    return [record for t, rows in tables.items() for record in read_records(rows, f"{name}, {t}", t)]
+
+
+def choice_problem(record: dict) -> Question | None:
     """A record of MMLU-Redux, SuperGPQA or MMLU-Pro as a problem of at most four options; None if it is dropped."""
-    question, choices = str(field(record, where, "question")).strip(), options(record, where, "choices", "options")
-    answer = field(record, where, "answer_letter", "answer_index", "answer")
-    need(gold_letter(answer, len(LETTERS)), where, "an option's letter or its number from 0 as the answer", answer)
-    letter = choice_letter({**record, "choices": choices, "answer": answer})
+    letter, choices, question = choice_letter(record), record["choices"], record["question"]
+    if not choices or not gold_letter(record["answer"], len(LETTERS)):
+        raise expected("choices, and a letter or a number from 0", record["where"], (record["answer"], choices))
     if letter and len(choices) > 4:
         # Seeded by the question, so that the cut is the same everywhere, whatever else is loaded beside it.
         rng, right = random.Random(ascii(question)), choices[LETTERS.index(letter)]
@@ -914,256 +946,107 @@ def choice_problem(record: dict, where: str, domain: str, id: str) -> Problem | 
         choices = rng.sample(wrong, min(3, len(wrong))) + [right]
         rng.shuffle(choices)
         letter = LETTERS[choices.index(right)]
-    return Problem(id, question, letter, domain, choices=tuple(choices)) if letter else None
+    return Question(record["id"], question, letter, record["domain"], choices=tuple(choices)) if letter else None
 
 
-def by_domain(found: dict[str, Records], source: object, taken: Collection[str] = ()) -> Domains:
-    """The usable problems by domain: SuperGPQA's subfield (its field where a subfield has under 100 questions),
-    MMLU-Pro's category, else the collection. A name that is `taken` gets "_train" added."""
-    sizes = Counter(record.get("subfield") for records in found.values() for _, record in records)
-    domains: Domains = {}
-    for name, records in found.items():
-        for i, (where, record) in enumerate(records):
-            topic = record.get("subfield" if sizes[record.get("subfield")] >= 100 else "field")
-            topic = str(topic or record.get("category") or record.get("subject") or name)
-            domain = re.sub(r"\W+", "_", topic.lower()).strip("_")
-            domain += "_train" if domain in taken else ""
-            id = f"{name}-{record.get('uuid') or record.get('question_id') or i}"
-            if problem := choice_problem(record, where, domain, id):
-                domains.setdefault(domain, []).append(problem)
-    need(domains, source, "questions in *.jsonl, *.csv, *.parquet or folders that `datasets` saved", [*found])
-    return domains
+def own_problem(record: dict) -> Question:
+    """A line of {"question", "answer"} and, if you like, "choices", "domain", "id", "grader" (else "choice" with
+    choices, "number" for a number, "exact" for text) and "tolerance" (else 0); ValueError if they do not fit.
 
-
-def split_names(names: Iterable[str], split: str) -> list[str]:
-    """Domains where the data names no split: of the n sorted names the last n/5, rounded up, are "test".
-
-    >>> names = ["law", "anatomy", "virology"]
-    >>> [split_names(names, split) for split in ("train", "test", "all")]
-    [['anatomy', 'law'], ['virology'], ['anatomy', 'law', 'virology']]
-    >>> split_names(["law"], "train"), split_names(["law"], "test")  # one domain must serve both
-    (['law'], ['law'])
+    With choices the answer is the letter of one, its number from 0 or its text, but nothing that fits two of them.
     """
-    names = sorted(names)
-    k = len(names) - math.ceil(len(names) / 5)
-    splits = {"train": names[:k] or names, "test": names[k:], "all": names}
-    need(split in splits, "domains", "the split 'train', 'test' or 'all'", split)
-    return splits[split]
-
-
-def read_folder(root: Path) -> tuple[Domains, Domains]:
-    """Train and test domains of a local copy: JSONL, CSV and parquet files and folders that `datasets` saved, at any
-    depth, one per subject or part. Where there are both "train" and "test" folders or files, they are the two; else
-    `split_names` decides. "validation" and "dev" hold few-shot examples and are left out, hidden files too."""
-    if not root.exists():
-        raise FileNotFoundError(f"--data {root} does not exist; give a folder of questions, one file per subject.")
-    root, found = root.resolve(), {}  # (part, name) -> paths
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        path = file.parent if file.name == "state.json" else file
-        stems = [re.sub(r"-\d+-of-\d+$", "", Path(part).stem) for part in path.relative_to(root.parent).parts]
-        skipped = stems[-1] in ("validation", "dev") or any(stem.startswith(".") for stem in stems[1:])
-        if skipped or (path == file and file.suffix not in (".jsonl", ".csv", ".parquet")):
-            continue
-        part = next((stem for stem in stems[1:] if stem in ("train", "test")), "")
-        name = path.parent.name if stems[-1] in ("train", "test") else stems[-1].removeprefix("mmlu_")
-        found.setdefault((part, name), []).append(path)
-    both = {"train", "test"} <= {part for part, _ in found}
-    collections: dict[str, dict[str, Records]] = {"train": {}, "test": {}, "": {}}
-    for (part, name), paths in found.items():
-        group = collections[part if both else ""]
-        places = {(path.parent, path.suffix) for path in paths}  # several are the shards of one table
-        need(name not in group and len(places) == 1, root, "each subject once", f"{name} again in {paths[-1]}")
-        group[name] = [record for path in paths for record in read_records(path)]
-    if both:
-        test = by_domain(collections["test"], root)
-        return by_domain(collections["train"], root, taken=test), test
-    domains = by_domain(collections[""], root)
-    train, test = ({name: domains[name] for name in split_names(domains, split)} for split in ("train", "test"))
-    return train, test
-
-
-def from_hub(function: str, name: str, *args: str, **kwargs: str) -> Any:
-    """What a function of `datasets` returns for a data set of the hub; ConnectionError, one sentence, if it fails."""
-    import datasets
-
-    try:
-        return getattr(datasets, function)(name, *args, **kwargs)
-    except Exception as error:  # offline, moved, gated, half a download: datasets raises a dozen kinds
-        remedy = "go online, or download it elsewhere and give that folder with --data FOLDER"
-        raise ConnectionError(f"{name} could not be fetched from the hub: {remedy} ({error!r:.200}).") from error
-
-
-def ask(role: str, instructions: str, problem: Problem, wanted: str) -> list[dict]:
-    """The solver's chat, one user message: its role, the editable instructions, the question, what the tags hold."""
-    lines = [problem.question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))]
-    form = f"Think briefly, then finish with {wanted} in answer tags: <answer>...</answer>. Only the tags are read."
-    content = "\n\n".join([role, instructions, "Question: " + "\n".join(lines), form])
-    return [{"role": "user", "content": content.encode("utf-8", "replace").decode()}]  # lone surrogates: see `cut`
-
-
-def grade_letter(problem: Problem, response: str) -> Grade:
-    """Right if the last answer tags hold the one gold letter. The feedback quotes the options, which `Answer` lacks."""
-    answer = extract_tag(response, "answer")
-    if answer is None:
-        return Grade(False, "", NO_TAGS)
-    letter, last = read_letter(answer, len(problem.choices)), LETTERS[len(problem.choices) - 1]
-    if letter is None:
-        return Grade(False, answer, f"The tags must hold one letter from A to {last} and nothing else.")
-    said, gold = (problem.choices[LETTERS.index(option)] for option in (letter, problem.gold))
-    wrong = f"{letter} is {said!r}; the right option, {problem.gold}, is {gold!r}."
-    return Grade(letter == problem.gold, letter, "" if letter == problem.gold else wrong)
-
-
-class Choice:
-    """Multiple choice. Without a path: SuperGPQA to train, MMLU-Redux 2.0 to test, fetched from the hub when first
-    needed (the path "TIGER-Lab/MMLU-Pro" trains on that instead). With a path: a local copy, see `read_folder`."""
-
-    name = "mmlu"
-    seed_instructions = "Read the question and every option with care, rule out the wrong ones, and choose the best."
-
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.hub = str(path or SUPERGPQA)
-        if self.hub not in (SUPERGPQA, MMLU_PRO):
-            self.train, self.test = read_folder(Path(self.hub).expanduser())
-
-    @cached_property
-    def train(self) -> Domains:
-        rows = from_hub("load_dataset", self.hub, split="train" if self.hub == SUPERGPQA else "test")
-        return by_domain({"hub": numbered(self.hub, rows)}, self.hub, taken=self.test)
-
-    @cached_property
-    def test(self) -> Domains:  # one download per subject: `problems` fills them in
-        return {subject: [] for subject in from_hub("get_dataset_config_names", REDUX)}
-
-    def domains(self, split: str) -> list[str]:
-        """The subjects of "train", "test" or "all"; ValueError for another split."""
-        split_names((), split)
-        return sorted({*(self.train if split != "test" else ()), *(self.test if split != "train" else ())})
-
-    def problems(self, domain: str) -> list[Problem]:
-        """The problems of one subject; ValueError names the subjects if this is none."""
-        if domain in self.test and not self.test[domain]:
-            rows = from_hub("load_dataset", REDUX, domain, split="test")
-            self.test.update(by_domain({domain: numbered(REDUX, rows)}, REDUX))
-        group = self.test if domain in self.test else self.train
-        need(domain in group, self.name, f"one of the subjects {', '.join({**group, **self.test})}", domain)
-        return group[domain]
-
-    def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
-        return ask(f"You answer questions on {problem.domain.replace('_', ' ')}.", instructions, problem, LETTER)
-
-    def grade(self, problem: Problem, response: str) -> Grade:
-        return grade_letter(problem, response)
-
-    def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
-        role = f"a model that answers multiple-choice questions of one subject with {LETTER}, in <answer> tags"
-        return edit_messages(role, instructions, summary)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Your own problems: a JSONL file
-# ---------------------------------------------------------------------------------------------------------------------
-
-# What the answer tags must hold, by grader: the same text (white space aside); a number within `tolerance`; the gold
-# letter; a text in which the gold one occurs (in any case).
-GRADERS = {"exact": "the answer alone", "number": "the number alone", "choice": LETTER, "contains": "the answer"}
-
-
-@dataclass(frozen=True)
-class OwnProblem(Problem):
-    """A problem that brings its grader along. `tolerance` is absolute and for "number"."""
-
-    grader: str = "exact"
-    tolerance: Fraction = Fraction(0)
-
-
-def read_number(text: str) -> Fraction | None:
-    """The one number that `text` holds, exactly; None if there is none or more than one.
-
-    >>> [str(read_number(text)) for text in ("42", "-1,234.50 km", "= $5.", "1/3", "6e-2", "3 or 4", "1.2.3", "ten")]
-    ['42', '-2469/2', '5', '1/3', '3/50', 'None', 'None', 'None']
-    """
-    text = text.replace("\N{MINUS SIGN}", "-")
-    plain = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
-    found = re.search(rf"[-+]?\s*(?:{plain})(?:[eE][-+]?[0-9]{{1,3}}|\s*/\s*[0-9]+)?", text[:400])
-    # Any further digit, also "²" or "½", means that more was said than this one number.
-    if not found or any(c.isnumeric() for c in text[: found.start()] + text[found.end() :]):
-        return None
-    try:
-        return Fraction(re.sub(r"[\s,]", "", found[0]))
-    except (ValueError, ZeroDivisionError):  # 1.5/2, 1/0
-        return None
-
-
-def own_problem(record: dict, where: str, default: str | None, domain: str, id: str) -> OwnProblem:
-    """One line of the file as a problem; ValueError with the place and the value if it does not fit its grader."""
-    question, answer = str(field(record, where, "question")), field(record, where, "answer")
-    need(type(answer) in (str, int, float), where, "text or a number as the answer", answer)
-    choices = options(record, where, "choices") if record.get("choices") else []
-    usual = "choice" if choices else default or ("exact" if isinstance(answer, str) else "number")
-    grader, gold, tolerance = record.get("grader") or usual, str(answer), Fraction(0)
-    need(grader in [*GRADERS], where, f"one of the graders {', '.join(GRADERS)}", grader)
+    where, answer, choices, gold = record["where"], record["answer"], record["choices"], str(record["answer"])
+    grader = record.get("grader", "choice" if choices else "exact" if isinstance(answer, str) else "number")
+    tolerance, fits = record.get("tolerance", 0), grader != "number" or read_number(gold) is not None
+    if grader not in [*GRADERS] or not fits or not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise expected(f"one of {[*GRADERS]}, an answer like it, tolerance from 0", where, (grader, answer, tolerance))
     if grader == "choice":
-        letters = {gold_letter(answer, len(choices))} | {a for a, c in zip(LETTERS, choices) if c == gold}
-        letters.discard(None)
-        need(len(letters) == 1, where, f"one of the {len(choices)} choices, its letter or its number from 0", answer)
+        letters = {gold_letter(answer, len(choices)), *(a for a, c in zip(LETTERS, choices) if c == gold)} - {None}
+        if len(letters) != 1:
+            raise expected(f"the letter, the number from 0 or the text of one of {choices}", where, answer)
         gold = letters.pop()
-    if grader == "number":
-        value, given = read_number(gold), read_number(str(record.get("tolerance", 0)))
-        need(value is not None, where, "one number as the answer", answer)
-        need(given is not None and given >= 0, where, "a tolerance of 0 or more", record.get("tolerance"))
-        # A whole number must be hit exactly, another one to five digits: 0.333333 is meant to be a third.
-        tolerance = given if "tolerance" in record or value.denominator == 1 else abs(value) / 10**5
-    return OwnProblem(id, question, gold, domain, choices=tuple(choices), grader=grader, tolerance=tolerance)
+    return Question(record["id"], record["question"], gold, record["domain"], "", "", choices, grader, tolerance)
 
 
-class Jsonl:
-    """Problems of your own: a JSONL file of {"question", "answer"} and, if you like, "domain", "choices", "id",
-    "grader" and "tolerance"; or a folder of such files. `grader` serves the lines that neither name one nor have
-    choices."""
+def by_domain(records: list[dict], make: Callable[[dict], Question | None]) -> dict[str, list[Question]]:
+    """The problems by domain: SuperGPQA's subfield (its field where a subfield has under 100 questions), MMLU-Pro's
+    category, else the record's domain or file. ValueError if an id comes twice in a domain."""
+    sizes = Counter(record.get("subfield") for record in records)
+    domains: dict[str, dict[str, Question]] = {}
+    for record in records:
+        topic = record.get("subfield" if sizes[record.get("subfield")] >= 100 else "field") or record.get("category")
+        name = re.sub(r"\W+", "_", str(topic or record.get("subject") or record["domain"]).lower()).strip("_")
+        if problem := make({**record, "domain": name}):
+            if domains.setdefault(name, {}).setdefault(problem.id, problem) is not problem:
+                raise expected(f"one file for {name} and every id once in it", record["where"], problem.id)
+    return {name: list(group.values()) for name, group in domains.items()}
 
-    name = "jsonl"
-    seed_instructions = "Read the question with care and answer exactly what it asks."
 
-    def __init__(self, path: str | Path | None = None, grader: str | None = None) -> None:
-        files = sorted(Path(path).glob("*.jsonl")) if path and Path(path).is_dir() else [Path(path or "")]
-        if not files or not files[0].is_file():
-            raise FileNotFoundError(f'--data must be a file of {{"question": ..., "answer": ...}} lines, not {path}.')
-        self.groups: Domains = {}
-        places: dict[str, str] = {}
-        for file in files:
-            for i, (where, record) in enumerate(read_records(file), 1):
-                id = f"{file.stem}-{i}" if record.get("id") is None else str(record["id"])
-                domain = str(record.get("domain") or file.stem)
-                need(places.setdefault(id, where) == where, where, f"an id other than that of {places[id]}", id)
-                self.groups.setdefault(domain, []).append(own_problem(record, where, grader, domain, id))
+class Questions:
+    """The tasks "mmlu", multiple choice, and "jsonl", problems of your own (see `own_problem`).
+
+    `path` is a file or folder, see `read_folder`. Unless it has both parts, the last fifth of the sorted domains,
+    rounded up, is for testing; a single domain serves both. A domain of both parts is "..._train" in training.
+    "mmlu" without a path trains on SuperGPQA, with the path "TIGER-Lab/MMLU-Pro" on that, and tests on MMLU-Redux, from
+    the hub. FileNotFoundError if there is no question.
+    """
+
+    seed_instructions = "Read the question with care, rule out what cannot be right, and answer exactly what is asked."
+
+    def __init__(self, name: str, path: str | Path | None = None) -> None:
+        self.name, source = name, str(path or SUPERGPQA)
+        hub = source in (SUPERGPQA, MMLU_PRO)
+        parts = {"train": from_hub(source), "test": from_hub(REDUX)} if hub else read_folder(source)
+        train, test = (by_domain(parts[p], choice_problem if name == "mmlu" else own_problem) for p in parts)
+        self.groups = {**test, **{d + "_train" * (d in test): problems for d, problems in train.items()}}
+        names = sorted(self.groups)
+        if not names:
+            raise FileNotFoundError(f"{source} holds no usable question in .jsonl or .csv files or saved `datasets`.")
+        held = sorted(test) if train and test else names[len(names) - math.ceil(len(names) / 5) :]
+        self.splits = {"train": [d for d in names if d not in held] or names, "test": held, "all": names}
 
     def domains(self, split: str) -> list[str]:
-        """The file's domains; see `split_names`."""
-        return split_names(self.groups, split)
+        """The sorted domains of "train", "test" or "all"."""
+        if split not in self.splits:
+            raise ValueError(f"no split {split!r}: choose {', '.join(self.splits)}")
+        return self.splits[split]
 
-    def problems(self, domain: str) -> list[Problem]:
+    def problems(self, domain: str) -> list[Question]:
         """The problems of one domain; ValueError names the domains if this is none."""
-        need(domain in self.groups, self.name, f"one of the domains {', '.join(self.groups)}", domain)
+        if domain not in self.groups:
+            raise ValueError(f"no domain {domain!r}: choose {', '.join(self.splits['all'])}")
         return self.groups[domain]
 
-    def solve_chat(self, instructions: str, problem: OwnProblem) -> list[dict]:
-        return ask("You answer questions.", instructions, problem, GRADERS[problem.grader])
+    def solve_chat(self, instructions: str, problem: Question) -> list[dict]:
+        """One user message: its role, the editable instructions, the question, what the tags must hold."""
+        options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))
+        content = f"""You answer questions on {problem.domain.replace('_', ' ')}.
+\n{instructions}
+\nQuestion: {problem.question}{options}
+\nThink briefly, then end with {GRADERS[problem.grader]} in tags: <answer>...</answer>. Only the tags are read."""
+        return [{"role": "user", "content": content.encode("utf-8", "replace").decode()}]  # lone surrogates: see `cut`
 
-    def grade(self, problem: OwnProblem, response: str) -> Grade:
+    def grade(self, problem: Question, response: str) -> Grade:
         """By the problem's own grader, on what stands in the last answer tags."""
         answer = extract_tag(response, "answer")
-        if problem.grader == "choice" or answer is None:
-            return grade_letter(problem, response)
+        if answer is None:
+            return Grade(False, "", "There is no closed pair of <answer> tags.")
+        if problem.grader == "choice":
+            letter, options = read_letter(answer, len(problem.choices)), dict(zip(LETTERS, problem.choices))
+            if letter is None:
+                return Grade(False, answer, "The tags must hold the letter of one option and nothing else.")
+            wrong = f"{letter} is {options[letter]!r}; the right option, {problem.gold}, is {options[problem.gold]!r}."
+            return Grade(letter == problem.gold, letter, "" if letter == problem.gold else wrong)
         if problem.grader == "number":
-            value = read_number(answer)
-            right = value is not None and abs(value - read_number(problem.gold)) <= problem.tolerance
+            value, gold = read_number(answer), read_number(problem.gold)
+            right = value is not None and abs(value - gold) <= problem.tolerance + 1e-9 * abs(gold)  # 0.4 is 0.3 + 0.1
             return Grade(right, answer, "" if value is not None else "The tags must hold one number, no other digit.")
         said, gold = " ".join(answer.split()), " ".join(problem.gold.split())
         return Grade(gold.casefold() in said.casefold() if problem.grader == "contains" else gold == said, answer)
 
     def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
-        return edit_messages("a model that answers questions and ends with <answer> tags", instructions, summary)
+        """See `edit_messages`."""
+        return edit_messages("a model that answers questions, by a letter if it has options", instructions, summary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1177,11 +1060,11 @@ def load_task(name: str, path: str | Path | None = None):
     >>> load_task("mini").domains("train")[:2]
     ['train000', 'train001']
     """
-    tasks = {"mini": Mini, "bird": Bird, "mmlu": Choice, "jsonl": Jsonl}
+    tasks = {"mini": Mini, "bird": Bird, "mmlu": Questions, "jsonl": Questions}
     if name not in tasks:
         raise ValueError(f"No task {name!r}; choose {', '.join(tasks)}, or pass an object of your own to evolve().")
     if name == "mini":
         return Mini()
     if path is None and name != "mmlu":
-        raise ValueError(f"The task {name!r} needs --data: " + (BIRD_REMEDY if name == "bird" else "a JSONL file") + ".")
-    return tasks[name](path)
+        raise ValueError(f"Task {name!r} needs --data: " + (BIRD_REMEDY if name == "bird" else "a JSONL file") + ".")
+    return Bird(path) if name == "bird" else Questions(name, path)
