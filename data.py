@@ -395,7 +395,10 @@ def _start_worker() -> subprocess.Popen:
 
 
 def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
-    """One query to an idle or a new worker, and the reply of `_run`."""
+    """One query to an idle or a new worker, and the reply of `_run`.
+
+    Any number of threads may ask at once: each takes a worker off the list, and so has its pipes for itself.
+    """
     try:
         worker = IDLE.pop()
     except IndexError:
@@ -408,7 +411,11 @@ def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[
 
 
 def sql_worker() -> None:
-    """The loop of a worker: queries from stdin, replies to stdout, until stdin closes. POSIX only, as it forks."""
+    """The loop of a worker: queries from stdin, replies to stdout, until stdin closes. POSIX only, as it forks.
+
+    A fork takes a millisecond or two where a new interpreter takes hundreds, and every query starts from the same clean
+    memory: what one leaves behind, a crash included, cannot change the verdict on the next.
+    """
     logging.disable()  # sqlglot would warn on stderr
     with suppress(EOFError):
         while True:
@@ -422,8 +429,7 @@ def sql_worker() -> None:
                 os._exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if status:
-                late = f"timeout: the query ran for more than {timeout:g} s"
-                what = late if status == -signal.SIGALRM else "the query crashed SQLite"
+                what = f"timeout after {timeout:g} s" if status == -signal.SIGALRM else "the query crashed SQLite"
                 sys.stdout.buffer.write(pickle.dumps((False, what)))
                 sys.stdout.flush()
 
@@ -502,6 +508,7 @@ SELECT m.name || '.' || c.name, lower(c.name) FROM sqlite_master m, pragma_table
 
 def _explain(db: str, sql: str, error: str) -> str:
     """SQLite's `error` for the editor, and what helps: not a SELECT, the place of a syntax error, the nearest names."""
+    # The error decides the verdict, the rest is help: where sqlglot and SQLite disagree, SQLite is right.
     notes, (kind, _, name) = [f"SQL error: {error}"], error.partition(": ")
     try:
         trees = [tree for tree in sqlglot.parse(sql[:20_000], read="sqlite") if tree]
@@ -513,6 +520,7 @@ def _explain(db: str, sql: str, error: str) -> str:
     if kind in ("no such table", "no such column"):
         with closing(_open_readonly(db)) as connection:
             real = dict(connection.execute(ALL_NAMES))
+        # "T1.titel" is looked up as "titel": a column that exists in another table is then the nearest of all
         near = difflib.get_close_matches(name.lower().rpartition(".")[2][:100], set(real.values()), 2, 0.5)
         notes.append("nearest: " + (", ".join([full for full, short in real.items() if short in near][:5]) or "none"))
     return "; ".join(notes)
@@ -544,7 +552,7 @@ def column_meanings(folder: Path) -> list[str]:
             text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         except UnicodeError:  # some were saved by Windows programs
             text = raw.decode("cp1252", "replace")
-        with suppress(csv.Error):  # an unclosed quote: what came before it stays
+        with suppress(csv.Error):  # an unclosed quote swallows the file: what came before it stays
             for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
                 row = {str(key).strip().lower(): " ".join(str(value or "").split()) for key, value in row.items()}
                 told = [row.get(key) for key in ("column_name", "column_description", "value_description")]
@@ -605,7 +613,11 @@ class Bird:
         need(self.files, path, "at least one usable database", cut(" ".join(faults), 180))
 
     def _read(self, file: Path) -> Iterable[str]:
-        """Take the databases of one question file; yields what is wrong."""
+        """Take the databases of one question file; yields what is wrong, one sentence each.
+
+        A fault of one database leaves the others alone; an unknown field is reported, because it may be a misspelt
+        one, and otherwise ignored.
+        """
         groups: dict[str, list[dict]] = {}
         try:
             for i, entry in enumerate(json.loads(file.read_text("utf-8-sig"))):
@@ -613,20 +625,19 @@ class Bird:
         except (ValueError, KeyError, TypeError) as error:
             yield f"not a JSON list of questions with a db_id ({error!r})"
             return
-        paths = {db.stem: db for db in file.parent.glob("*databases/**/*.sqlite")}
+        paths = {db.name: db for db in file.parent.glob("*databases/**/*.sqlite")}
         for db in sorted(groups.keys() - self.files.keys()):
             unknown = sorted({field for entry in groups[db] for field in entry} - set(BIRD_FIELDS))
             if unknown:
                 yield f"database {db}: the fields {unknown} are unknown, the known are {', '.join(BIRD_FIELDS)}"
-            lacks = [field for entry in groups[db] for field in BIRD_FIELDS[:3] if not isinstance(entry.get(field), str)]
-            if lacks or db not in paths:
-                yield f"database {db} is left out: " + (f"no text in {lacks[0]}" if lacks else f"no {db}.sqlite")
-                continue
-            self.files[db] = paths[db]
-            self._problems[db] = [
-                Problem(str(e["question_id"]), e["question"], e["SQL"], db, evidence=e.get("evidence") or "")
-                for e in groups[db]
-            ]
+            try:
+                self._problems[db] = [
+                    Problem(str(e["question_id"]), e["question"], e["SQL"], db, evidence=e.get("evidence") or "")
+                    for e in groups[db]
+                ]
+                self.files[db] = paths[f"{db}.sqlite"]
+            except KeyError as missing:  # a field or the file
+                yield f"database {db} is left out: {missing} is missing"
 
     def domains(self, split: str) -> list[str]:
         """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all". A

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -142,7 +141,7 @@ CATALOGUE = [  # (query, part of the feedback or None where the verdict is right
     ("DETACH main", "not authorized"),
     ("VACUUM", "VACUUM|COMMAND"),
     ("VACUUM INTO '{dir}/evil.sqlite'", "authorization denied"),
-    ("REINDEX", "COMMAND|REINDEX"),
+    ("REINDEX", "no query"),
     ("ANALYZE", "not authorized"),
     ("BEGIN EXCLUSIVE", "not authorized"),
     ("SAVEPOINT s", "not authorized"),
@@ -213,16 +212,16 @@ def status_kib(pid: int, field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
 
-def children() -> list[int]:
-    """Worker processes of this process, busy ones too."""
-    found = []
+def children() -> set[int]:
+    """The worker processes of this process and the children that they forked for a query."""
+    parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
         except OSError:
             continue
-        found += [int(stat.parent.name)] * (int(parent) == os.getpid() and state != "Z")
-    return found
+    workers = {pid for pid, parent in parents.items() if parent == os.getpid()}
+    return workers | {pid for pid, parent in parents.items() if parent in workers}
 
 
 def stop_workers() -> None:
@@ -287,9 +286,8 @@ def test_hostile_catalogue(tmp_path):
         assert len(grade.feedback.encode()) < 2000
         assert execution_match(path, "SELECT 4", gold).correct  # gold is untouched
     slowest, fattest = max(seen), max(seen, key=lambda row: row[1])
-    killed = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"\n{len(seen)} queries; the slowest took its limit and {slowest[0]:.2f} s: {slowest[2]}")
-    print(f"peak {fattest[1]:.0f} MiB above idle: {fattest[2]}; largest worker that ended {killed:.0f} MiB")
+    print(f"peak {fattest[1]:.0f} MiB above idle: {fattest[2]}")
     assert len(seen) >= 40
     assert slowest[0] < 1
     assert fattest[1] < 200
@@ -553,8 +551,8 @@ def test_other_databases_go_on(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert task.domains("all") == ["good", "null", "typo"] and len(lines) == 4
     gone, query, nosql, typo = lines
-    assert "no gone.sqlite" in gone and ADDRESS in gone and str(tmp_path / "dev.json") in gone
-    assert "no text in SQL" in nosql and "['query'] are unknown" in query
+    assert "'gone.sqlite' is missing" in gone and ADDRESS in gone and str(tmp_path / "dev.json") in gone
+    assert "left out: 'SQL' is missing" in nosql and "['query'] are unknown" in query
     assert "['evidense'] are unknown" in typo
     for name in ("gone", "nosql"):
         with pytest.raises(ValueError, match=f"one of the databases good, null, typo, found '{name}'"):
@@ -645,7 +643,7 @@ def test_schema_text(tmp_path):
     assert '-- odd "name.a column: wide' in full and "-- a column: e.g. (b'\\x00\\xff',)" in full
     assert "CREATE VIEW broken" in full and "left out" not in full
     lengths = set()
-    for limit in range(len(full) + 5, 100, -7):
+    for limit in range(len(full) + 5, 160, -7):
         text = data.schema_text(path, limit)
         assert len(text) <= limit and (text == full or "left out" in text)
         assert ("e.g." in text) >= ("; " in text)
