@@ -295,9 +295,9 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, known: int
 # ---------------------------------------------------------------------------------------------------------------------
 # Text-to-SQL: BIRD and everything in its format
 # ---------------------------------------------------------------------------------------------------------------------
-# A domain is a SQLite file. A prediction is right iff it returns the gold query's set of rows. It is hostile until shown
-# otherwise, so it never runs in this process: it is sent to a worker, a small Python that forks a child for each query.
-# The child sets its own limits, runs the query, replies and ends. Nothing of a query outlives it.
+# A domain is a SQLite file. A prediction is right iff it returns the gold query's set of rows. It counts as hostile, so
+# it never runs in this process but in one of a few workers, small Pythons that live on from query to query. There the
+# file is opened read-only, and time, memory and what SQLite may do are limited.
 
 
 def cut(text: str, limit: int) -> str:
@@ -348,7 +348,7 @@ def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: flo
     Rows are tuples of what SQLite returns, compared as Python compares them: order and duplicates do not count, column
     order and number do; NULL equals NULL, 1 equals 1.0, '1' differs from 1; two empty results are equal. An error, a
     timeout, text that holds no query and a gold query that fails are wrong. The database file must exist
-    (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `_confine`.
+    (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
     """
     db = str(Path(db_path).resolve(strict=True))
     ok, result = gold_result(db, gold, timeout)
@@ -399,64 +399,66 @@ def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[
 
     Any number of threads may ask at once: each takes a worker off the list, and so has its pipes for itself.
     """
-    try:
-        worker = IDLE.pop()
-    except IndexError:
-        worker = _start_worker()
-    pickle.dump((db, sql, gold, timeout), worker.stdin)
-    worker.stdin.flush()
-    reply = pickle.load(worker.stdout)
-    IDLE.append(worker)  # not after Ctrl-C above: the reply to that query would be taken for the next one's
-    return reply
+    while True:
+        try:
+            worker = IDLE.pop()
+        except IndexError:
+            worker = _start_worker()
+        try:
+            pickle.dump((db, sql, gold, timeout), worker.stdin)
+            worker.stdin.flush()
+            reply = pickle.load(worker.stdout)
+            IDLE.append(worker)  # not after Ctrl-C: the reply to that query would be taken for the next one's
+            return reply
+        except (EOFError, OSError):
+            status = worker.wait()
+        if status:  # else it had retired before this query
+            return False, f"timeout after {timeout:g} s" if status == -signal.SIGALRM else "the query crashed SQLite"
 
 
 def sql_worker() -> None:
-    """The loop of a worker: queries from stdin, replies to stdout, until stdin closes. POSIX only, as it forks.
+    """The loop of a worker: queries from stdin, replies to stdout, until stdin closes. POSIX only.
 
-    A fork takes a millisecond or two where a new interpreter takes hundreds, and every query starts from the same clean
-    memory: what one leaves behind, a crash included, cannot change the verdict on the next.
+    SIGALRM kills it at the time limit, even inside one endless C function. After a query that left it much larger it
+    retires, for the next one must not start from that memory.
     """
     logging.disable()  # sqlglot would warn on stderr
+    clean = _allow(None)
     with suppress(EOFError):
-        while True:
+        while _allow(None) < clean + (32 << 20):
             db, sql, gold, timeout = pickle.load(sys.stdin.buffer)
-            child = os.fork()
-            if child == 0:
-                reply = _run(db, sql, gold, timeout)
-                signal.setitimer(signal.ITIMER_REAL, 0)  # a reply is written whole or not at all
-                sys.stdout.buffer.write(pickle.dumps(reply))
-                sys.stdout.flush()
-                os._exit(0)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if status:
-                what = f"timeout after {timeout:g} s" if status == -signal.SIGALRM else "the query crashed SQLite"
-                sys.stdout.buffer.write(pickle.dumps((False, what)))
-                sys.stdout.flush()
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            reply = _run(db, sql, gold)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # a reply is written whole or not at all
+            _allow(None)
+            pickle.dump(reply, sys.stdout.buffer)
+            sys.stdout.flush()
 
 
-def _confine(seconds: float, memory: int) -> None:
-    """Limit this process for good: `seconds` from now, `memory` more bytes than it has now, files of at most 1 GiB.
+def _allow(extra: int | None) -> int:
+    """Let this process grow by `extra` bytes (None: without limit); returns the bytes that it has now.
 
-    SIGALRM kills it even inside one endless C function. Only the temporary files of large sorts are ever written.
-    Where there is no /proc, as on a Mac, SQLite's own heap limit is the only one on memory.
+    Where there is no /proc, as on a Mac, SQLite's own heap limit is the only one. Files, which can only be those of
+    large sorts, may have 1 GiB.
     """
     import resource
 
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    used, hard = 0, resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     with suppress(OSError, ValueError):
-        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else used + extra, hard))
+    return used
 
 
-def _run(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
-    """In the child: (verdict, feedback), or without `gold` (True, pickled result) or (False, error).
+def _run(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
+    """In a worker: (verdict, feedback), or without `gold` (True, pickled result) or (False, error).
 
     A result is a dict of distinct rows and a sentence on them. A prediction marks the rows that it returns, and the
     first that is not there refutes it: beyond the gold result it needs no memory, however much it would return.
     """
     rows, expected = ({}, "") if gold is None else pickle.loads(gold)
-    _confine(timeout, 4 << 30 if gold is None else 96 << 20)
+    _allow(4 << 30 if gold is None else 96 << 20)
     try:
         with closing(_open_readonly(db)) as connection:
             connection.set_authorizer(_authorize)
@@ -597,7 +599,7 @@ class Bird:
     """
 
     name = "bird"
-    seed_instructions = "Find the tables and columns that matter and how they join. Return exactly the columns asked for."
+    seed_instructions = "Find the tables and columns that matter, and how they join. Return just the columns asked for."
     schema_chars, timeout = 16_000, 30.0  # the longest schema in a prompt; seconds for a query
     reasoning = False  # whether the editor sees the solver's full text
 
