@@ -15,13 +15,9 @@ What a task is: any object with the seven members below. Nothing here knows abou
 from __future__ import annotations
 
 import ast
-import atexit
-import contextlib
 import csv
 import difflib
-import faulthandler
 import functools
-import glob
 import io
 import json
 import logging
@@ -30,15 +26,19 @@ import os
 import pickle
 import random
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+
+import sqlglot
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,27 @@ def extract_tag(text: str, tag: str) -> str | None:
     name = re.escape(tag)
     pairs = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, re.DOTALL | re.IGNORECASE | re.ASCII)
     return pairs[-1].strip() if pairs else None
+
+
+def need(ok: object, where: object, wanted: str, found: object) -> None:
+    """One sentence for the owner of the data, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
+
+
+def split_names(names: Iterable[str], split: str) -> list[str]:
+    """Domains where the data names no split: of the n sorted names the last n/5, rounded up, are "test".
+
+    >>> [split_names(["law", "anatomy", "virology"], split) for split in ("train", "test")]
+    [['anatomy', 'law'], ['virology']]
+    >>> split_names(["law"], "train"), split_names(["law"], "test")  # one domain must serve both
+    (['law'], ['law'])
+    """
+    names = sorted(names)
+    k = len(names) - math.ceil(len(names) / 5)
+    splits = {"train": names[:k] or names, "test": names[k:], "all": names}
+    need(split in splits, "domains", "the split 'train', 'test' or 'all'", split)
+    return splits[split]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,6 +324,9 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, known: int
 # ---------------------------------------------------------------------------------------------------------------------
 # Text-to-SQL: BIRD and everything in its format
 # ---------------------------------------------------------------------------------------------------------------------
+# A domain is a SQLite file. A prediction is right iff it returns the gold query's set of rows. It counts as hostile, so
+# it never runs in this process but in one of a few workers, small Pythons that live on from query to query. There the
+# file is opened read-only, and time, memory and what SQLite may do are limited.
 
 
 def cut(text: str, limit: int) -> str:
@@ -317,9 +341,8 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else (text[: keep - keep // 3] + note + text[len(text) - keep // 3 :])[:limit]
 
 
-def edit_messages(
-    role: str, instructions: str, summary: list[Answer], budget: int = 1500, reasoning: bool = False
-) -> list[dict]:
+def edit_messages(role: str, instructions: str, summary: list[Answer], budget: int = 1500,
+                  reasoning: bool = False) -> list[dict]:  # fmt: skip
     """The editor's chat, shared by every task: f_psi reads (c, S) and writes c'. One user message and no system
     message, because some chat templates refuse one.
 
@@ -356,313 +379,240 @@ def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: flo
     timeout, text that holds no query and a gold query that fails are wrong. The database file must exist
     (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
     """
-    answer = predicted.encode("utf-8", "replace").decode()  # lone surrogates cannot be logged; the verdict sees them
-    ok, expected = gold_result(db_path, gold, timeout)
-    if not ok:
-        return Grade(False, answer, f"the gold SQL fails: {expected}")
-    correct, feedback = _ask_worker(os.path.abspath(db_path), predicted, expected, timeout)
-    return Grade(correct, answer, feedback)
+    db = str(Path(db_path).resolve(strict=True))
+    ok, result = gold_result(db, gold, timeout)
+    correct, feedback = _ask_worker(db, predicted, result, timeout) if ok else (False, f"the gold SQL fails: {result}")
+    return Grade(correct, predicted.encode("utf-8", "replace").decode(), feedback)
+
+
+@functools.lru_cache(maxsize=20_000)
+def gold_result(db: str, gold: str, timeout: float) -> tuple[bool, bytes | str]:
+    """(True, its pickled result) or (False, why it fails), once per database and exact text: a literal's white space
+    counts."""
+    return _ask_worker(db, gold, None, timeout)
 
 
 def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> list[Grade]:
-    """`execution_match` of every (db_path, predicted, gold), side by side on all cores; identical jobs are run once.
+    """`execution_match` of every (db_path, predicted, gold), side by side; identical jobs are run once.
 
-    `progress` names the progress bar, "" shows none. Gold queries go first: no two threads compute the same one.
+    `progress` names the progress bar, "" shows none. Gold queries go first, so that no two threads compute the same.
     """
-    in_parallel(lambda job: gold_result(*job, timeout), [(db, gold) for db, _, gold in jobs])
+    golds = [(str(Path(db).resolve(strict=True)), gold) for db, _, gold in jobs]
+    in_parallel(lambda job: gold_result(*job, timeout), golds)
     return in_parallel(lambda job: execution_match(*job, timeout), jobs, progress)
 
 
-def gold_result(db_path: str | Path, gold: str, timeout: float = 30.0) -> tuple[bool, bytes | str]:
-    """(True, its pickled result) or (False, why it fails), computed once per database file and exact SQL text."""
-    db = os.path.abspath(db_path)
-    return _gold_result(db, os.stat(db).st_mtime_ns, gold, timeout)
-
-
 def in_parallel(work: Callable, items: list, progress: str = "") -> list:
-    """[work(item) for item in items], equal items once, in a thread per core that waits for a worker of its own."""
-    from tqdm import tqdm
-
+    """[work(item) for item in items], equal items once, in one thread per core. Each thread waits for a worker, so the
+    cores are busy although Python runs one thread at a time; daemon threads do not hold up Ctrl-C."""
     unique = list(dict.fromkeys(items))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPool(min(cores, len(unique)) or 1) as pool:  # its threads are daemons: Ctrl-C need not wait for them
+    with ThreadPool(os.cpu_count()) as pool:
         bar = tqdm(pool.imap(work, unique), desc=progress, total=len(unique), disable=not progress, leave=False)
         results = dict(zip(unique, bar))
     return [results[item] for item in items]
 
 
-@functools.lru_cache(maxsize=20_000)
-def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[bool, bytes | str]:
-    """`modified` tells a rewritten file from the old one. `gold` stays as it is: white space counts in its literals."""
-    return _ask_worker(db, gold, None, timeout)
-
-
-@functools.cache
-def _idle_workers() -> list[subprocess.Popen]:
-    """The worker processes that wait for work, the one list of this process."""
-    return []
+IDLE: list[subprocess.Popen] = []  # the workers that wait for a query
 
 
 def _start_worker() -> subprocess.Popen:
-    """A fresh interpreter that runs `sql_worker`: not a fork, which is unsafe beside torch's threads and CUDA."""
-    here = Path(__file__).resolve()
-    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as d; d.sql_worker()"
-    # its own session: Ctrl-C is for the parent, which kills its workers at exit (a dead parent closes their stdin);
-    # one malloc arena: else the watchdog's thread reserves 64 MiB of address space
-    options = {"start_new_session": True, "env": {**os.environ, "MALLOC_ARENA_MAX": "1"}}
-    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-    atexit.register(worker.kill)
-    if worker.stdout.read(1) != b"+":
-        raise RuntimeError(f"the SQL worker did not start: run {sys.executable} -c {code!r} to see why")
-    return worker
+    """A fresh interpreter that runs `sql_worker`. This process must not fork itself: it may hold torch and CUDA."""
+    command = [sys.executable, "-c", f"import {Path(__file__).stem} as d; d.sql_worker()"]
+    # In a session of its own Ctrl-C does not reach it. It ends when this process does, for then its stdin closes.
+    options = {"cwd": Path(__file__).resolve().parent, "start_new_session": True}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
 
 def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
-    """One request to an idle or a new worker: (verdict, feedback), or without `gold` (ran, pickled result or error)."""
-    idle, worker = _idle_workers(), None
-    while worker is None or worker.poll() is not None:  # it died, or this is a fork, which must not use its parent's
+    """One query to an idle or a new worker, and the reply of `_run`.
+
+    Any number of threads may ask at once: each takes a worker off the list, and so has its pipes for itself.
+    """
+    while True:
         try:
-            worker = idle.pop()
+            worker = IDLE.pop()
         except IndexError:
             worker = _start_worker()
-    start, finished = time.monotonic(), True
-    try:
-        pickle.dump((db, sql, gold, timeout), worker.stdin)
-        worker.stdin.flush()
-        ok, answer, finished = pickle.load(worker.stdout)
-        return ok, answer
-    except (EOFError, OSError, pickle.UnpicklingError):  # the watchdog ended it, or the query did
-        late = time.monotonic() - start >= timeout
-        return False, f"timeout: the query ran for more than {timeout:g} s" if late else "the query crashed SQLite"
-    finally:
-        if finished:
-            atexit.unregister(worker.kill)
-            with contextlib.suppress(OSError), worker:  # leaving closes its pipes and reaps it
-                worker.kill()
-        else:
-            idle.append(worker)
+        try:
+            pickle.dump((db, sql, gold, timeout), worker.stdin)
+            worker.stdin.flush()
+            reply = pickle.load(worker.stdout)
+            IDLE.append(worker)  # not after Ctrl-C: the reply to that query would be taken for the next one's
+            return reply
+        except (EOFError, OSError):
+            status = worker.wait()
+        if status:  # else it had retired before this query
+            return False, f"timeout after {timeout:g} s" if status == -signal.SIGALRM else "the query crashed SQLite"
 
 
 def sql_worker() -> None:
-    """The loop of a worker process: requests from stdin, replies (ok, answer, last) to stdout, until stdin closes.
+    """The loop of a worker: queries from stdin, replies to stdout, until stdin closes. POSIX only.
 
-    Hostile SQL meets four walls. The connection is read-only, and its authorizer allows to read and to call functions,
-    nothing else. A C watchdog ends the process at the time limit, even inside one endless function. The address space
-    may grow by 96 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
-    temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
+    SIGALRM kills it at the time limit, even inside one endless C function. After a query that left it much larger it
+    retires, for the next one must not start from that memory.
     """
-    import sqlglot  # noqa: F401 - here, so that the first wrong query need not load it within its time limit
-
-    ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
     logging.disable()  # sqlglot would warn on stderr
-    sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
-    idle = _grow_by(None)
-    tell.write(b"+")
-    while True:
-        tell.flush()
-        try:
-            db, sql, gold, timeout = pickle.load(ask)
-        except EOFError:
-            return
-        faulthandler.dump_traceback_later(timeout, exit=True, file=quiet)
-        ok, answer = _run_request(db, sql, gold)
-        faulthandler.cancel_dump_traceback_later()
-        last = _grow_by(None) > idle + (32 << 20)  # the next query must not start from this one's memory
-        pickle.dump((ok, answer, last), tell)
+    clean = _allow(None)
+    with suppress(EOFError):
+        while _allow(None) < clean + (32 << 20):
+            db, sql, gold, timeout = pickle.load(sys.stdin.buffer)
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            reply = _run(db, sql, gold)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # a reply is written whole or not at all
+            _allow(None)
+            pickle.dump(reply, sys.stdout.buffer)
+            sys.stdout.flush()
 
 
-def _grow_by(extra: int | None) -> int:
-    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns bytes in use, 0 if unknown."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+def _allow(extra: int | None) -> int:
+    """Let this process grow by `extra` bytes (None: without limit); returns the bytes that it has now.
 
+    Where there is no /proc, as on a Mac, SQLite's own heap limit is the only one. Files, which can only be those of
+    large sorts, may have 1 GiB.
+    """
+    import resource
+
+    used, hard = 0, resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+    with suppress(OSError, ValueError):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else used + extra, hard))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        return used
-    return 0
+    return used
 
 
-def _run_request(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
-    """In the worker: `_ask_worker`'s answer."""
+def _run(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
+    """In a worker: (verdict, feedback), or without `gold` (True, pickled result) or (False, error).
+
+    A result is a dict of distinct rows and a sentence on them. A prediction marks the rows that it returns, and the
+    first that is not there refutes it: beyond the gold result it needs no memory, however much it would return.
+    """
     rows, expected = ({}, "") if gold is None else pickle.loads(gold)
-    _grow_by(4 << 30 if gold is None else 96 << 20)
+    _allow(4 << 30 if gold is None else 96 << 20)
     try:
-        refuted, returned = _fetch(db, sql, rows, gold is None)
+        with closing(_open_readonly(db)) as connection:
+            connection.set_authorizer(_authorize)
+            cursor = connection.execute(sql)
+            if cursor.description is None:
+                return False, "no query found, it belongs between <answer> and </answer>"
+            if gold is None:
+                rows = dict.fromkeys(cursor, False)
+                return True, pickle.dumps((rows, f"{len(rows)} distinct rows: {_brief(rows)}"))
+            for row in cursor:
+                if row not in rows:
+                    return False, f"your query returned {_brief([row])}, which is wrong; expected {expected}"
+                rows[row] = True
     except Exception as error:  # sqlite3.Error, MemoryError, a NUL or a lone surrogate in the text: all are just wrong
-        _grow_by(None)
         message = cut(str(error), 300) or "out of memory"
         return False, message if gold is None else _explain(db, sql, message)
-    if gold is None:
-        return True, pickle.dumps((rows, returned))
-    correct = not refuted and all(rows.values())
-    return correct, "" if correct else f"your query returned {returned}; expected {expected}"
-
-
-def _fetch(db: str, sql: str, rows: dict[tuple, bool], is_gold: bool) -> tuple[bool, str]:
-    """Enter the rows of gold into `rows` as False; mark there as True those that a prediction returns.
-
-    A row that is not there refutes the prediction and ends the reading: no memory is needed beyond the gold result.
-    Returns (refuted, the rows in words).
-    """
-    shown, refuted = [], False
-    with contextlib.closing(_open_readonly(db)) as connection:
-        connection.set_authorizer(_authorize)
-        cursor = connection.execute(sql)
-        if cursor.description is None:
-            raise sqlite3.ProgrammingError("no query found, it belongs between <answer> and </answer>")
-        try:
-            for row in cursor:
-                if len(shown) < 5:
-                    shown.append(_brief(row))
-                if is_gold or row in rows:
-                    rows[row] = not is_gold
-                elif not refuted:  # wrong; a few more rows, if they come at once, make the better feedback
-                    refuted, soon = True, time.monotonic() + 0.2
-                    connection.set_progress_handler(lambda: time.monotonic() > soon, 1000)
-                if refuted and len(shown) == 5:
-                    break
-        except sqlite3.Error:
-            if not refuted:
-                raise
-    n = len(rows) if is_gold else sum(rows.values())
-    count = "rows such as" if refuted else f"{n} distinct row{'s' * (n != 1)}:"
-    return refuted, f"{count} {cut(', '.join(shown), 400)}{', ...' * (len(shown) == 5)}" if shown else "no rows"
+    found = sum(rows.values())
+    return found == len(rows), "" if found == len(rows) else f"your query returned only {found} of {expected}"
 
 
 def _open_readonly(db: str) -> sqlite3.Connection:
-    """`immutable` takes no locks and makes no files; a database with a live log beside it is opened without it."""
-    live = any(os.path.exists(db + end) and os.path.getsize(db + end) for end in ("-wal", "-journal"))
-    uri = Path(db).as_uri() + "?mode=ro" + ("" if live else "&immutable=1")  # as_uri escapes ?, # and %
-    return sqlite3.connect(uri, uri=True, isolation_level=None)
+    """`immutable` takes no locks and makes no files; a database with a write-ahead log beside it is opened without."""
+    immutable = "" if os.path.exists(db + "-wal") else "&immutable=1"
+    connection = sqlite3.connect(f"{Path(db).as_uri()}?mode=ro{immutable}", uri=True)
+    connection.execute(f"PRAGMA hard_heap_limit = {96 << 20}")
+    return connection
 
 
 def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """SQLite asks once per table, column and function while it compiles a query."""
-    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
-    harmless = action == sqlite3.SQLITE_FUNCTION and second.lower() not in ("load_extension", "fts3_tokenizer")
-    return sqlite3.SQLITE_OK if action in allowed or harmless else sqlite3.SQLITE_DENY
+    """To read and to call functions is allowed, nothing else. SQLite asks while it compiles a query."""
+    reading = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION)
+    allowed = action in reading and second not in ("load_extension", "fts3_tokenizer")
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
-def _brief(row: tuple) -> str:
-    """A result row in at most about 400 characters, without a copy of a huge value.
+def _brief(rows: Iterable[tuple]) -> str:
+    """The first five rows in at most 400 characters, without a copy of a huge value.
 
-    >>> _brief((1, None, "x" * 10**6))[:30]
-    "(1, None, 'xxxxxxxxxxxxxxxxxxx"
+    >>> _brief([(1, None, "x" * 10**6), (2,)])
+    "(1, None, 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'), (2,)"
     """
-    values = [repr(v[:40]) + "..." * (len(v) > 40) if isinstance(v, (str, bytes)) else repr(v) for v in row[:8]]
-    return f"({', '.join(values)}{', ...' * (len(row) > 8)})"
+    short = [tuple(v[:40] if isinstance(v, (str, bytes)) else v for v in row[:8]) for row in list(rows)[:5]]
+    return cut(str(short)[1:-1], 400)
+
+
+ALL_NAMES = """SELECT name, lower(name) FROM sqlite_master WHERE type <> 'index' UNION ALL
+SELECT m.name || '.' || c.name, lower(c.name) FROM sqlite_master m, pragma_table_info(m.name) c"""  # as shown, to match
 
 
 def _explain(db: str, sql: str, error: str) -> str:
-    """SQLite's `error` for the editor: not a SELECT, a syntax error with its place, an unknown name and the nearest."""
-    import sqlglot
-    from sqlglot import exp
-
+    """SQLite's `error` for the editor, and what helps: not a SELECT, the place of a syntax error, the nearest names."""
+    # The error decides the verdict, the rest is help: where sqlglot and SQLite disagree, SQLite is right.
+    notes, (kind, _, name) = [f"SQL error: {error}"], error.partition(": ")
     try:
         trees = [tree for tree in sqlglot.parse(sql[:20_000], read="sqlite") if tree]
+        if [isinstance(tree, sqlglot.exp.Query) for tree in trees] != [True]:
+            notes.append("not a single SELECT but " + ", ".join(tree.key.upper() for tree in trees[:5]))
     except Exception as e:  # sqlglot also gives up on stray quotes, deep nesting and some queries that SQLite can read
-        if not getattr(e, "errors", ()) or not re.search("syntax error|incomplete input", error):
-            return f"SQL error: {error}"
-        at = e.errors[0]
-        place = f"line {at['line']}, column {at['col']}, near {at['highlight'][:80]!r}"
-        return f"syntax error at {place}: {at['description'].split(' but got <')[0].rstrip('.')} (SQLite: {error})"
-    if trees and (len(trees) > 1 or not isinstance(trees[0], exp.Query)):
-        kinds = ", ".join(tree.key.upper() if tree.key in sql.lower() else sql.split()[0][:40] for tree in trees[:5])
-        return f"not a single SELECT but {kinds}: a query can only read (SQLite: {error})"
-    kind, _, name = error.lower().partition(": ")
-    if kind not in ("no such table", "no such column") or not trees:
-        return f"SQL error: {error}"
-    with contextlib.closing(_open_readonly(db)) as connection:
-        pairs = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type <> 'index'"
-        columns = connection.execute(pairs).fetchall()
-    owner, _, name = name.rpartition(".")
-    used = {table.alias_or_name.lower(): table.name.lower() for table in trees[0].find_all(exp.Table)}
-    inside = [used[owner]] if owner in used else used.values()  # a qualifier narrows the search to its table
-    real = {t.lower(): t for t, _ in columns}
-    if kind == "no such column":
-        real = {c.lower(): f"{t}.{c}" for t, c in columns if t.lower() in inside}
-    near = difflib.get_close_matches(name[:100], real, 1, 0.4)
-    homes = ", ".join(t for t, c in columns if c.lower() == name)
-    hint = f"; the nearest is {real[near[0]]}" if near else ""
-    return error + hint + (f"; {name} is a column of {homes}" if homes else "")
+        if getattr(e, "errors", ()) and re.search("syntax error|incomplete input", error):
+            notes.append("line {line}, column {col}, near {highlight:.80}".format(**e.errors[0]))
+    if kind in ("no such table", "no such column"):
+        with closing(_open_readonly(db)) as connection:
+            real = dict(connection.execute(ALL_NAMES))
+        # "T1.titel" is looked up as "titel": a column that exists in another table is then the nearest of all
+        near = difflib.get_close_matches(name.lower().rpartition(".")[2][:100], set(real.values()), 2, 0.5)
+        notes.append("nearest: " + (", ".join([full for full, short in real.items() if short in near][:5]) or "none"))
+    return "; ".join(notes)
 
 
 def extract_sql(response: str) -> str | None:
-    """The query of a response: what its last `<answer>` holds, else its last ```sql block, else its last block.
+    """The query of a response: what its last `<answer>` holds, a fence around it removed, else its last ```sql block.
 
     >>> extract_sql("```sql\\nSELECT 1;\\n``` or <answer>```sqlite\\nSELECT 2\\n```</answer>"), extract_sql("SELECT 3")
     ('SELECT 2', None)
     """
     tagged = extract_tag(response, "answer")
-    blocks = re.findall(r"```[ \t]*(sql(?:ite3?)?\b|\w*(?=[ \t]*\n))?(.*?)```", tagged or response, re.DOTALL | re.I)
-    sql = [text for language, text in blocks if language.lower().startswith("sql")] or [text for _, text in blocks]
-    return sql[-1].strip() if sql else tagged
+    blocks = re.findall(r"```sql(?:ite)?\b(.*?)```", tagged or response, re.DOTALL | re.IGNORECASE)
+    sql = blocks[-1] if blocks else tagged
+    return sql and sql.removeprefix("```").removesuffix("```").strip()
 
 
 BIRD_FILES = ("mini_dev_sqlite.json", "dev.json", "train.json")
 BIRD_FIELDS = ("db_id", "question", "SQL", "evidence", "question_id", "difficulty")  # the first three are required
-BIRD_REMEDY = (
-    "get BIRD from https://bird-bench.github.io: https://bird-bench.oss-cn-beijing.aliyuncs.com/train.zip, dev.zip or "
-    "minidev.zip there, and unpack the databases beside the questions"
-)
+BIRD_REMEDY = "unpack https://bird-bench.oss-cn-beijing.aliyuncs.com/train.zip (or dev.zip, minidev.zip)"
 
 
-def find_bird_files(path: Path) -> list[Path]:
-    """The question files in a folder, else up to two levels below, else up to two above; FileNotFoundError if none."""
-    if path.is_file():
-        return [path.resolve()]
-    for level in (".", "*", "*/*", "..", "../.."):
-        pattern = os.path.join(glob.escape(str(path)), level)
-        files = [file for name in BIRD_FILES for file in sorted(glob.glob(os.path.join(pattern, name)))]
-        if files:
-            return [Path(file).resolve() for file in files]
-    raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: {BIRD_REMEDY}.")
-
-
-def column_meanings(folder: Path) -> dict[tuple[str, str], str]:
-    """(table, column), lower case -> meaning, from BIRD's `database_description/<table>.csv`; {} without the folder."""
-    meanings = {}
+def column_meanings(folder: Path) -> list[str]:
+    """Lines "-- table.column: meaning" from BIRD's `database_description/<table>.csv`; [] without the folder."""
+    lines = []
     for file in sorted(folder.glob("*.csv")):
         raw = file.read_bytes()
-        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         try:
-            text = raw.decode("utf-16" if wide else "utf-8-sig")
+            text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         except UnicodeError:  # some were saved by Windows programs
             text = raw.decode("cp1252", "replace")
-        for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
-            row = {k.strip().lower(): " ".join(v.split()) for k, v in row.items() if k and isinstance(v, str)}
-            column = row.get("original_column_name", "").lower()
-            parts = [row.get(k, "") for k in ("column_name", "column_description", "value_description")]
-            kept = [p for p in dict.fromkeys(parts) if p and p.lower() != column]
-            meanings[file.stem.lower(), column] = cut("; ".join(kept), 200)
-    return meanings
+        with suppress(csv.Error):  # an unclosed quote swallows the file: what came before it stays
+            for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
+                row = {str(key).strip().lower(): " ".join(str(value or "").split()) for key, value in row.items()}
+                told = [row.get(key) for key in ("column_name", "column_description", "value_description")]
+                if any(told):
+                    meaning = cut("; ".join(filter(None, told)), 200)
+                    lines.append(f"-- {file.stem}.{row.get('original_column_name')}: {meaning}")
+    return lines
 
 
+@functools.cache
 def schema_text(db: Path, limit: int) -> str:
     """The CREATE statements in the file, with sample values and the meanings of columns as comments.
 
     At most `limit` characters: what does not fit goes in the order meanings, samples, middle, and the text says so.
     """
-    meanings = column_meanings(db.parent / "database_description")
-    full, sampled, bare = [], [], []  # lines with everything, without meanings, without comments
-    with contextlib.closing(_open_readonly(str(db))) as connection:
+    lines = []  # (rank, line): where space is short, the higher rank goes first
+    with closing(_open_readonly(str(db))) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')").fetchall()
-        for table, create in [row for row in found if row[1] and not row[0].startswith("sqlite_")]:
-            for lines in (full, sampled, bare):
-                lines.append(create.strip() + ";")
-            with contextlib.suppress(sqlite3.Error):  # a view may be broken
+        for table, create in connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')"):
+            lines.append((0, f"{create};"))
+            with suppress(sqlite3.Error):  # a view may be broken
                 cursor = connection.execute('SELECT * FROM "{}" LIMIT 100'.format(table.replace('"', '""')))
-                rows = cursor.fetchall()
-                for i, (column, *_) in enumerate(cursor.description):
-                    values = dict.fromkeys(row[i] for row in rows if row[i] is not None)
-                    meaning = meanings.get((table.lower(), column.lower()), "")
-                    sampled.append(f"-- {column}: e.g. {_brief(tuple(values)[:3])}")
-                    full.append(sampled[-1] + f" | {meaning}" * bool(meaning))
-    for lines, gone in ((full, ""), (sampled, "meanings"), (bare, "meanings and sample values")):
-        text = "\n".join([f"-- left out, the schema is long: {gone} of columns"] * bool(gone) + lines)
+                for (column, *_), values in zip(cursor.description, zip(*cursor)):
+                    samples = [value for value in dict.fromkeys(values) if value is not None][:3]
+                    lines.append((1, f"-- {column}: e.g. {_brief([samples])}"))
+    lines += [(2, line) for line in column_meanings(db.parent / "database_description")]
+    for most in (2, 1, 0):
+        note = "-- The schema is long: comments on columns are left out.\n" if most < 2 else ""
+        text = note + "\n".join(line for rank, line in lines if rank <= most)
         if len(text) <= limit:
             break
     return cut(text, limit)
@@ -671,106 +621,84 @@ def schema_text(db: Path, limit: int) -> str:
 class Bird:
     """The task "bird": one domain is one database of a folder in BIRD's format.
 
-    `path` holds `train.json` and `train_databases/`, or `dev.json` or `mini_dev_sqlite.json` and `dev_databases/`, with
-    `<db>/<db>.sqlite` inside; it may be up to two folders above or below, or the JSON file itself. A database named by
-    several files belongs to the first of mini-dev, dev, train. What cannot be used is named in one sentence on stderr
-    and left out; ValueError if nothing is left. `schema_chars` bounds the schema in a prompt, `edit_chars` each field
-    of a problem in the editor's prompt, which holds the solver's full text if `reasoning`; `timeout` is in seconds.
+    `path` is a folder that holds, at any depth, `train.json` beside `train_databases/`, or `dev.json` or
+    `mini_dev_sqlite.json` beside `dev_databases/`, with `<db>.sqlite` inside; or one such JSON file. A database named
+    by several files belongs to the first of mini-dev, dev, train. What cannot be used is named in one sentence on
+    stderr and left out; ValueError if nothing is left.
     """
 
     name = "bird"
-    seed_instructions = (
-        "Find the tables and columns that the question and its hint speak of, and how they join. Return exactly the "
-        "columns that are asked for, in the order asked, and nothing else."
-    )
+    seed_instructions = "Find the tables and columns that matter, and how they join. Return just the columns asked for."
+    schema_chars, timeout = 16_000, 30.0  # the longest schema in a prompt; seconds for a query
+    reasoning = False  # whether the editor sees the solver's full text
 
-    def __init__(self, path: str | Path, schema_chars: int = 16_000, edit_chars: int = 1500, reasoning: bool = False,
-                 timeout: float = 30.0):  # fmt: skip
-        self.schema_chars, self.edit_chars, self.reasoning, self.timeout = schema_chars, edit_chars, reasoning, timeout
+    def __init__(self, path: str | Path) -> None:
         self.files: dict[str, Path] = {}  # database -> its SQLite file
-        self.faults: dict[str, str] = {}  # database or question file -> one sentence for a person
-        self.train: set[str] = set()  # the databases of the train archive
-        self._entries: dict[str, list[tuple[int, dict]]] = {}  # database -> its entries with their place in the file
         self._problems: dict[str, list[Problem]] = {}
-        self._schema = functools.cache(schema_text)
-        for file in find_bird_files(Path(path)):
-            self._read(file)
-        if not self.files:
-            raise ValueError(f"no usable database under {path}: " + cut(" ".join(self.faults.values()), 1000))
-        for sentence in self.faults.values():
-            print(f"bird: {sentence}", file=sys.stderr)
+        root = Path(path).resolve()
+        files = [root] if root.is_file() else [file for name in BIRD_FILES for file in sorted(root.rglob(name))]
+        if not files:
+            raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: {BIRD_REMEDY}.")
+        faults = [f"bird: {file}: {fault}; {BIRD_REMEDY}." for file in files for fault in self._read(file)]
+        print("\n".join(faults), end="\n" * bool(faults), file=sys.stderr)
+        need(self.files, path, "at least one usable database", cut(" ".join(faults), 180))
 
-    def _read(self, file: Path) -> None:
-        """Take the databases of one question file; note in `faults` what is wrong."""
+    def _read(self, file: Path) -> Iterable[str]:
+        """Take the databases of one question file; yields what is wrong, one sentence each.
+
+        A fault of one database leaves the others alone; an unknown field is reported, because it may be a misspelt
+        one, and otherwise ignored.
+        """
+        groups: dict[str, list[dict]] = {}
         try:
-            entries = json.loads(file.read_text("utf-8-sig"))
-            names = {str(entry.get("db_id")) for entry in entries} - set(self.files)
-        except (ValueError, AttributeError, TypeError) as error:
-            self.faults[str(file)] = f"{file} is not a JSON list of questions ({error}): {BIRD_REMEDY}."
+            for i, entry in enumerate(json.loads(file.read_text("utf-8-sig"))):
+                groups.setdefault(entry["db_id"], []).append({"question_id": i, **entry})
+        except (ValueError, KeyError, TypeError) as error:
+            yield f"not a JSON list of questions with a db_id ({error!r})"
             return
-        paths = {db.stem: db for db in sorted(file.parent.glob("*databases/**/*.sqlite"))}
-        for db in sorted(names):
-            mine = [(i, entry) for i, entry in enumerate(entries) if str(entry.get("db_id")) == db]
-            lacks = [(i, f) for i, entry in mine for f in BIRD_FIELDS[:3] if not isinstance(entry.get(f), str)]
-            odd = sorted({field for _, entry in mine for field in entry} - set(BIRD_FIELDS))
-            if lacks:
-                what = f"entry {lacks[0][0]} (db_id {db}) has no text in {lacks[0][1]}, unknown fields: {odd}"
-            elif db not in paths:
-                what = f"no {db}.sqlite under {file.parent}{os.sep}*databases, so the database {db} is left out"
-            else:
-                self.files[db], self._entries[db] = paths[db], mine
-                self.train |= {db} if file.name == "train.json" else set()
-                what = f"the unknown fields {odd} of database {db} are ignored" if odd else ""
-            if what:
-                self.faults[db] = f"{file}: {what}; the fields are {', '.join(BIRD_FIELDS)}: {BIRD_REMEDY}."
+        paths = {db.name: db for db in file.parent.glob("*databases/**/*.sqlite")}
+        for db in sorted(groups.keys() - self.files.keys()):
+            unknown = sorted({field for entry in groups[db] for field in entry} - set(BIRD_FIELDS))
+            if unknown:
+                yield f"database {db}: the fields {unknown} are unknown, the known are {', '.join(BIRD_FIELDS)}"
+            try:
+                self._problems[db] = [
+                    Problem(str(e["question_id"]), e["question"], e["SQL"], db, evidence=e.get("evidence") or "")
+                    for e in groups[db]
+                ]
+                self.files[db] = paths[f"{db}.sqlite"]
+            except KeyError as missing:  # a field or the file
+                yield f"database {db} is left out: {missing} is missing"
 
     def domains(self, split: str) -> list[str]:
-        """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all".
-
-        A folder that has only one of the two is divided: the last fifth of the names, at least one, is "test" and the
-        rest is "train". A single database is both.
-        """
-        if split not in ("train", "test", "all"):
-            raise ValueError(f"no split {split!r}: choose train, test or all")
-        names = sorted(self.files)
-        train, test = sorted(self.train), sorted(set(names) - self.train)
-        if not test or not train:
-            first = len(names) - math.ceil(len(names) / 5)
-            train, test = names[:first] or names, names[first:]
-        return {"train": train, "test": test, "all": names}[split]
+        """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all". A
+        folder that has only one of the two is divided by `split_names`."""
+        names = split_names(self.files, split)
+        train = {db for db, file in self.files.items() if "train_databases" in file.parts}
+        if split == "all" or len(train) in (0, len(self.files)):
+            return names
+        return sorted(train if split == "train" else self.files.keys() - train)
 
     def problems(self, domain: str) -> list[Problem]:
         """Its problems. The first call runs every gold query; those that fail are named on stderr and dropped."""
-        if domain in self._problems:
-            return list(self._problems[domain])
-        if domain not in self.files:
-            raise ValueError(self.faults.get(domain, f"no database {domain!r}: choose {', '.join(sorted(self.files))}"))
-        problems: dict[str, Problem] = {}
-        for i, entry in self._entries[domain]:
-            number = str(i if entry.get("question_id") is None else entry["question_id"])
-            number += f"#{i}" * (number in problems)  # some files repeat an id
-            evidence = str(entry.get("evidence") or "")
-            problems[number] = Problem(number, entry["question"], entry["SQL"], domain, evidence=evidence)
-        file, golds = self.files[domain], [problem.gold for problem in problems.values()]
-        golds = in_parallel(lambda gold: gold_result(file, gold, self.timeout), golds)
-        failed = {number: error for number, (ok, error) in zip(problems, golds) if not ok}
-        if failed:
-            what = f"{len(failed)} of {len(problems)} problems dropped, their gold SQL fails: {cut(str(failed), 1000)}"
-            print(f"bird: {file}: {what}", file=sys.stderr)
-        if len(failed) == len(problems):
-            raise ValueError(f"every gold query fails on {file}: {cut(str(failed), 300)}: {BIRD_REMEDY}.")
-        self._problems[domain] = [problem for number, problem in problems.items() if number not in failed]
-        return list(self._problems[domain])
+        need(domain in self.files, self.name, f"one of the databases {', '.join(sorted(self.files))}", domain)
+        problems, db = self._problems[domain], str(self.files[domain])
+        golds = in_parallel(lambda problem: gold_result(db, problem.gold, self.timeout), problems)
+        errors = [f"{problem.id}: {error}" for problem, (ok, error) in zip(problems, golds) if not ok]
+        need(len(errors) < len(problems), db, f"gold queries that run ({BIRD_REMEDY})", errors)
+        if errors:
+            what = f"{len(errors)} of {len(problems)} problems dropped, their gold SQL fails: {'; '.join(errors):.1000}"
+            print(f"bird: {db}: {what}", file=sys.stderr)
+        self._problems[domain] = [problem for problem, (ok, _) in zip(problems, golds) if ok]
+        return self._problems[domain]
 
     def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
         """One user message (some chat templates refuse a system message); what a domain shares comes first."""
-        hint = f"Hint: {problem.evidence}\n" if problem.evidence else ""
         content = f"""Answer a question about a database with one SQLite query.
-\n# Database\n{self._schema(self.files[problem.domain], self.schema_chars)}
+\n# Database\n{schema_text(self.files[problem.domain], self.schema_chars)}
 \n# Instructions\n{instructions}
-\n# Question\n{hint}{problem.question}
-\nThink first if it helps. Then write the query between <answer> and </answer>, and nothing but the query: only what
-stands between the tags is run."""
+\n# Question\n{problem.evidence}\n{problem.question}
+\nThink first if it helps. Then write the query, and nothing but the query, between <answer> and </answer>."""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
@@ -779,13 +707,11 @@ stands between the tags is run."""
 
     def grade_many(self, pairs: list[tuple[Problem, str]], progress: str = "") -> list[Grade]:
         """`grade` of every (problem, response), side by side; identical queries to a problem run once."""
-        jobs = [(self.files[p.domain], extract_sql(response) or "", p.gold) for p, response in pairs]
+        jobs = [(str(self.files[p.domain]), extract_sql(response) or "", p.gold) for p, response in pairs]
         return match_many(jobs, self.timeout, progress)
 
     def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
-        """See `edit_messages`."""
-        role = "a model that answers questions about one SQLite database by writing a query"
-        return edit_messages(role, instructions, summary, self.edit_chars, self.reasoning)
+        return edit_messages("a model that writes SQLite queries", instructions, summary, reasoning=self.reasoning)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
