@@ -307,7 +307,7 @@ class RemoteModel:
                         said = str(response.json())
             message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
             named = [name for name in ("max_tokens", "temperature", "top_p", "top_k") if name in sent and name in said]
-            if named and status == 400:
+            if named and status in (400, 422):
                 self._refused.add(named[0])
                 warnings.warn(f"{self.model} turns down {named[0]}, so it is left out ({message})", stacklevel=2)
             elif 400 <= status < 500 and status not in (408, 409, 425, 429):
