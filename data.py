@@ -922,6 +922,8 @@ class Questions:
     def __init__(self, name: str, path: str | Path | None = None) -> None:
         self.name, source = name, str(path or SUPERGPQA)
         hub = source in (SUPERGPQA, MMLU_PRO)
+        if not hub and not Path(source).expanduser().exists():
+            raise FileNotFoundError(f"--data {source} does not exist; give a file or folder of questions.")
         parts = {"train": from_hub(source), "test": from_hub(REDUX)} if hub else read_folder(source)
         train, test = (by_domain(parts[p], choice_problem if name == "mmlu" else own_problem) for p in parts)
         self.groups = {**test, **{d + "_train" * (d in test): problems for d, problems in train.items()}}

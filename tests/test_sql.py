@@ -240,8 +240,11 @@ class PeakMemory(threading.Thread):
 
     def now(self) -> float:
         total = 0
+        mine = Path(f"/proc/{os.getpid()}/cmdline").read_bytes()
         for pid in [os.getpid(), *children()]:
             try:
+                if pid != os.getpid() and Path(f"/proc/{pid}/cmdline").read_bytes() == mine:
+                    continue  # between fork and exec: it is this process's own memory, seen twice
                 total += status_kib(pid, "VmRSS")
             except (OSError, TypeError):  # ended meanwhile
                 pass
