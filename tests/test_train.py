@@ -440,7 +440,7 @@ def test_wrong_paths_end_in_a_sentence_not_in_a_traceback(command, base, tmp_pat
     """As the shell sees it: a message, which is exit code 1, and no traceback."""
     for args, sentence in (
         (["--task", "mmlu", "--data", tmp_path / "none", "--model", base], "train.py: --data .*none does not exist"),
-        (["--task", "bird", "--model", base], "train.py: The task 'bird' needs --data"),
+        (["--task", "bird", "--model", base], "train.py: Task 'bird' needs --data"),
         (["--model", tmp_path], "No model can be loaded from"),
         (["--model", base, "--out", base / "config.json" / "x"], "cannot be written"),
     ):
