@@ -15,13 +15,9 @@ What a task is: any object with the seven members below. Nothing here knows abou
 from __future__ import annotations
 
 import ast
-import atexit
-import contextlib
 import csv
 import difflib
-import faulthandler
 import functools
-import glob
 import io
 import json
 import logging
@@ -30,19 +26,19 @@ import os
 import pickle
 import random
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+
+import sqlglot
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,27 @@ def extract_tag(text: str, tag: str) -> str | None:
     name = re.escape(tag)
     pairs = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, re.DOTALL | re.IGNORECASE | re.ASCII)
     return pairs[-1].strip() if pairs else None
+
+
+def need(ok: object, where: object, wanted: str, found: object) -> None:
+    """One sentence for the owner of the data, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
+
+
+def split_names(names: Iterable[str], split: str) -> list[str]:
+    """Domains where the data names no split: of the n sorted names the last n/5, rounded up, are "test".
+
+    >>> [split_names(["law", "anatomy", "virology"], split) for split in ("train", "test")]
+    [['anatomy', 'law'], ['virology']]
+    >>> split_names(["law"], "train"), split_names(["law"], "test")  # one domain must serve both
+    (['law'], ['law'])
+    """
+    names = sorted(names)
+    k = len(names) - math.ceil(len(names) / 5)
+    splits = {"train": names[:k] or names, "test": names[k:], "all": names}
+    need(split in splits, "domains", "the split 'train', 'test' or 'all'", split)
+    return splits[split]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +324,9 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, known: int
 # ---------------------------------------------------------------------------------------------------------------------
 # Text-to-SQL: BIRD and everything in its format
 # ---------------------------------------------------------------------------------------------------------------------
+# A domain is a SQLite file. A prediction is right iff it returns the gold query's set of rows. It counts as hostile, so
+# it never runs in this process but in one of a few workers, small Pythons that live on from query to query. There the
+# file is opened read-only, and time, memory and what SQLite may do are limited.
 
 
 def cut(text: str, limit: int) -> str:
@@ -321,9 +341,8 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else (text[: keep - keep // 3] + note + text[len(text) - keep // 3 :])[:limit]
 
 
-def edit_messages(
-    role: str, instructions: str, summary: list[Answer], budget: int = 1500, reasoning: bool = False
-) -> list[dict]:
+def edit_messages(role: str, instructions: str, summary: list[Answer], budget: int = 1500,
+                  reasoning: bool = False) -> list[dict]:  # fmt: skip
     """The editor's chat, shared by every task: f_psi reads (c, S) and writes c'. One user message and no system
     message, because some chat templates refuse one.
 
@@ -360,313 +379,240 @@ def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: flo
     timeout, text that holds no query and a gold query that fails are wrong. The database file must exist
     (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
     """
-    answer = predicted.encode("utf-8", "replace").decode()  # lone surrogates cannot be logged; the verdict sees them
-    ok, expected = gold_result(db_path, gold, timeout)
-    if not ok:
-        return Grade(False, answer, f"the gold SQL fails: {expected}")
-    correct, feedback = _ask_worker(os.path.abspath(db_path), predicted, expected, timeout)
-    return Grade(correct, answer, feedback)
+    db = str(Path(db_path).resolve(strict=True))
+    ok, result = gold_result(db, gold, timeout)
+    correct, feedback = _ask_worker(db, predicted, result, timeout) if ok else (False, f"the gold SQL fails: {result}")
+    return Grade(correct, predicted.encode("utf-8", "replace").decode(), feedback)
+
+
+@functools.lru_cache(maxsize=20_000)
+def gold_result(db: str, gold: str, timeout: float) -> tuple[bool, bytes | str]:
+    """(True, its pickled result) or (False, why it fails), once per database and exact text: a literal's white space
+    counts."""
+    return _ask_worker(db, gold, None, timeout)
 
 
 def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> list[Grade]:
-    """`execution_match` of every (db_path, predicted, gold), side by side on all cores; identical jobs are run once.
+    """`execution_match` of every (db_path, predicted, gold), side by side; identical jobs are run once.
 
-    `progress` names the progress bar, "" shows none. Gold queries go first: no two threads compute the same one.
+    `progress` names the progress bar, "" shows none. Gold queries go first, so that no two threads compute the same.
     """
-    in_parallel(lambda job: gold_result(*job, timeout), [(db, gold) for db, _, gold in jobs])
+    golds = [(str(Path(db).resolve(strict=True)), gold) for db, _, gold in jobs]
+    in_parallel(lambda job: gold_result(*job, timeout), golds)
     return in_parallel(lambda job: execution_match(*job, timeout), jobs, progress)
 
 
-def gold_result(db_path: str | Path, gold: str, timeout: float = 30.0) -> tuple[bool, bytes | str]:
-    """(True, its pickled result) or (False, why it fails), computed once per database file and exact SQL text."""
-    db = os.path.abspath(db_path)
-    return _gold_result(db, os.stat(db).st_mtime_ns, gold, timeout)
-
-
 def in_parallel(work: Callable, items: list, progress: str = "") -> list:
-    """[work(item) for item in items], equal items once, in a thread per core that waits for a worker of its own."""
-    from tqdm import tqdm
-
+    """[work(item) for item in items], equal items once, in one thread per core. Each thread waits for a worker, so the
+    cores are busy although Python runs one thread at a time; daemon threads do not hold up Ctrl-C."""
     unique = list(dict.fromkeys(items))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPool(min(cores, len(unique)) or 1) as pool:  # its threads are daemons: Ctrl-C need not wait for them
+    with ThreadPool(os.cpu_count()) as pool:
         bar = tqdm(pool.imap(work, unique), desc=progress, total=len(unique), disable=not progress, leave=False)
         results = dict(zip(unique, bar))
     return [results[item] for item in items]
 
 
-@functools.lru_cache(maxsize=20_000)
-def _gold_result(db: str, modified: int, gold: str, timeout: float) -> tuple[bool, bytes | str]:
-    """`modified` tells a rewritten file from the old one. `gold` stays as it is: white space counts in its literals."""
-    return _ask_worker(db, gold, None, timeout)
-
-
-@functools.cache
-def _idle_workers() -> list[subprocess.Popen]:
-    """The worker processes that wait for work, the one list of this process."""
-    return []
+IDLE: list[subprocess.Popen] = []  # the workers that wait for a query
 
 
 def _start_worker() -> subprocess.Popen:
-    """A fresh interpreter that runs `sql_worker`: not a fork, which is unsafe beside torch's threads and CUDA."""
-    here = Path(__file__).resolve()
-    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as d; d.sql_worker()"
-    # its own session: Ctrl-C is for the parent, which kills its workers at exit (a dead parent closes their stdin);
-    # one malloc arena: else the watchdog's thread reserves 64 MiB of address space
-    options = {"start_new_session": True, "env": {**os.environ, "MALLOC_ARENA_MAX": "1"}}
-    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-    atexit.register(worker.kill)
-    if worker.stdout.read(1) != b"+":
-        raise RuntimeError(f"the SQL worker did not start: run {sys.executable} -c {code!r} to see why")
-    return worker
+    """A fresh interpreter that runs `sql_worker`. This process must not fork itself: it may hold torch and CUDA."""
+    command = [sys.executable, "-c", f"import {Path(__file__).stem} as d; d.sql_worker()"]
+    # In a session of its own Ctrl-C does not reach it. It ends when this process does, for then its stdin closes.
+    options = {"cwd": Path(__file__).resolve().parent, "start_new_session": True}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
 
 def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
-    """One request to an idle or a new worker: (verdict, feedback), or without `gold` (ran, pickled result or error)."""
-    idle, worker = _idle_workers(), None
-    while worker is None or worker.poll() is not None:  # it died, or this is a fork, which must not use its parent's
+    """One query to an idle or a new worker, and the reply of `_run`.
+
+    Any number of threads may ask at once: each takes a worker off the list, and so has its pipes for itself.
+    """
+    while True:
         try:
-            worker = idle.pop()
+            worker = IDLE.pop()
         except IndexError:
             worker = _start_worker()
-    start, finished = time.monotonic(), True
-    try:
-        pickle.dump((db, sql, gold, timeout), worker.stdin)
-        worker.stdin.flush()
-        ok, answer, finished = pickle.load(worker.stdout)
-        return ok, answer
-    except (EOFError, OSError, pickle.UnpicklingError):  # the watchdog ended it, or the query did
-        late = time.monotonic() - start >= timeout
-        return False, f"timeout: the query ran for more than {timeout:g} s" if late else "the query crashed SQLite"
-    finally:
-        if finished:
-            atexit.unregister(worker.kill)
-            with contextlib.suppress(OSError), worker:  # leaving closes its pipes and reaps it
-                worker.kill()
-        else:
-            idle.append(worker)
+        try:
+            pickle.dump((db, sql, gold, timeout), worker.stdin)
+            worker.stdin.flush()
+            reply = pickle.load(worker.stdout)
+            IDLE.append(worker)  # not after Ctrl-C: the reply to that query would be taken for the next one's
+            return reply
+        except (EOFError, OSError):
+            status = worker.wait()
+        if status:  # else it had retired before this query
+            return False, f"timeout after {timeout:g} s" if status == -signal.SIGALRM else "the query crashed SQLite"
 
 
 def sql_worker() -> None:
-    """The loop of a worker process: requests from stdin, replies (ok, answer, last) to stdout, until stdin closes.
+    """The loop of a worker: queries from stdin, replies to stdout, until stdin closes. POSIX only.
 
-    Hostile SQL meets four walls. The connection is read-only, and its authorizer allows to read and to call functions,
-    nothing else. A C watchdog ends the process at the time limit, even inside one endless function. The address space
-    may grow by 96 MiB beyond what the gold result needs (Linux; elsewhere only SQLite's own heap is limited). The
-    temporary files of large sorts, which SQLite deletes, stop at 1 GiB.
+    SIGALRM kills it at the time limit, even inside one endless C function. After a query that left it much larger it
+    retires, for the next one must not start from that memory.
     """
-    import sqlglot  # noqa: F401 - here, so that the first wrong query need not load it within its time limit
-
-    ask, tell, quiet = sys.stdin.buffer, sys.stdout.buffer, open(os.devnull, "w")
     logging.disable()  # sqlglot would warn on stderr
-    sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {96 << 20}")  # for the whole process
-    idle = _grow_by(None)
-    tell.write(b"+")
-    while True:
-        tell.flush()
-        try:
-            db, sql, gold, timeout = pickle.load(ask)
-        except EOFError:
-            return
-        faulthandler.dump_traceback_later(timeout, exit=True, file=quiet)
-        ok, answer = _run_request(db, sql, gold)
-        faulthandler.cancel_dump_traceback_later()
-        last = _grow_by(None) > idle + (32 << 20)  # the next query must not start from this one's memory
-        pickle.dump((ok, answer, last), tell)
+    clean = _allow(None)
+    with suppress(EOFError):
+        while _allow(None) < clean + (32 << 20):
+            db, sql, gold, timeout = pickle.load(sys.stdin.buffer)
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            reply = _run(db, sql, gold)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # a reply is written whole or not at all
+            _allow(None)
+            pickle.dump(reply, sys.stdout.buffer)
+            sys.stdout.flush()
 
 
-def _grow_by(extra: int | None) -> int:
-    """Allow `extra` more bytes of address space (None: any) and files of 1 GiB. Returns bytes in use, 0 if unknown."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+def _allow(extra: int | None) -> int:
+    """Let this process grow by `extra` bytes (None: without limit); returns the bytes that it has now.
 
+    Where there is no /proc, as on a Mac, SQLite's own heap limit is the only one. Files, which can only be those of
+    large sorts, may have 1 GiB.
+    """
+    import resource
+
+    used, hard = 0, resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+    with suppress(OSError, ValueError):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else used + extra, hard))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        return used
-    return 0
+    return used
 
 
-def _run_request(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
-    """In the worker: `_ask_worker`'s answer."""
+def _run(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
+    """In a worker: (verdict, feedback), or without `gold` (True, pickled result) or (False, error).
+
+    A result is a dict of distinct rows and a sentence on them. A prediction marks the rows that it returns, and the
+    first that is not there refutes it: beyond the gold result it needs no memory, however much it would return.
+    """
     rows, expected = ({}, "") if gold is None else pickle.loads(gold)
-    _grow_by(4 << 30 if gold is None else 96 << 20)
+    _allow(4 << 30 if gold is None else 96 << 20)
     try:
-        refuted, returned = _fetch(db, sql, rows, gold is None)
+        with closing(_open_readonly(db)) as connection:
+            connection.set_authorizer(_authorize)
+            cursor = connection.execute(sql)
+            if cursor.description is None:
+                return False, "no query found, it belongs between <answer> and </answer>"
+            if gold is None:
+                rows = dict.fromkeys(cursor, False)
+                return True, pickle.dumps((rows, f"{len(rows)} distinct rows: {_brief(rows)}"))
+            for row in cursor:
+                if row not in rows:
+                    return False, f"your query returned {_brief([row])}, which is wrong; expected {expected}"
+                rows[row] = True
     except Exception as error:  # sqlite3.Error, MemoryError, a NUL or a lone surrogate in the text: all are just wrong
-        _grow_by(None)
         message = cut(str(error), 300) or "out of memory"
         return False, message if gold is None else _explain(db, sql, message)
-    if gold is None:
-        return True, pickle.dumps((rows, returned))
-    correct = not refuted and all(rows.values())
-    return correct, "" if correct else f"your query returned {returned}; expected {expected}"
-
-
-def _fetch(db: str, sql: str, rows: dict[tuple, bool], is_gold: bool) -> tuple[bool, str]:
-    """Enter the rows of gold into `rows` as False; mark there as True those that a prediction returns.
-
-    A row that is not there refutes the prediction and ends the reading: no memory is needed beyond the gold result.
-    Returns (refuted, the rows in words).
-    """
-    shown, refuted = [], False
-    with contextlib.closing(_open_readonly(db)) as connection:
-        connection.set_authorizer(_authorize)
-        cursor = connection.execute(sql)
-        if cursor.description is None:
-            raise sqlite3.ProgrammingError("no query found, it belongs between <answer> and </answer>")
-        try:
-            for row in cursor:
-                if len(shown) < 5:
-                    shown.append(_brief(row))
-                if is_gold or row in rows:
-                    rows[row] = not is_gold
-                elif not refuted:  # wrong; a few more rows, if they come at once, make the better feedback
-                    refuted, soon = True, time.monotonic() + 0.2
-                    connection.set_progress_handler(lambda: time.monotonic() > soon, 1000)
-                if refuted and len(shown) == 5:
-                    break
-        except sqlite3.Error:
-            if not refuted:
-                raise
-    n = len(rows) if is_gold else sum(rows.values())
-    count = "rows such as" if refuted else f"{n} distinct row{'s' * (n != 1)}:"
-    return refuted, f"{count} {cut(', '.join(shown), 400)}{', ...' * (len(shown) == 5)}" if shown else "no rows"
+    found = sum(rows.values())
+    return found == len(rows), "" if found == len(rows) else f"your query returned only {found} of {expected}"
 
 
 def _open_readonly(db: str) -> sqlite3.Connection:
-    """`immutable` takes no locks and makes no files; a database with a live log beside it is opened without it."""
-    live = any(os.path.exists(db + end) and os.path.getsize(db + end) for end in ("-wal", "-journal"))
-    uri = Path(db).as_uri() + "?mode=ro" + ("" if live else "&immutable=1")  # as_uri escapes ?, # and %
-    return sqlite3.connect(uri, uri=True, isolation_level=None)
+    """`immutable` takes no locks and makes no files; a database with a write-ahead log beside it is opened without."""
+    immutable = "" if os.path.exists(db + "-wal") else "&immutable=1"
+    connection = sqlite3.connect(f"{Path(db).as_uri()}?mode=ro{immutable}", uri=True)
+    connection.execute(f"PRAGMA hard_heap_limit = {96 << 20}")
+    return connection
 
 
 def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """SQLite asks once per table, column and function while it compiles a query."""
-    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
-    harmless = action == sqlite3.SQLITE_FUNCTION and second.lower() not in ("load_extension", "fts3_tokenizer")
-    return sqlite3.SQLITE_OK if action in allowed or harmless else sqlite3.SQLITE_DENY
+    """To read and to call functions is allowed, nothing else. SQLite asks while it compiles a query."""
+    reading = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION)
+    allowed = action in reading and second not in ("load_extension", "fts3_tokenizer")
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
-def _brief(row: tuple) -> str:
-    """A result row in at most about 400 characters, without a copy of a huge value.
+def _brief(rows: Iterable[tuple]) -> str:
+    """The first five rows in at most 400 characters, without a copy of a huge value.
 
-    >>> _brief((1, None, "x" * 10**6))[:30]
-    "(1, None, 'xxxxxxxxxxxxxxxxxxx"
+    >>> _brief([(1, None, "x" * 10**6), (2,)])
+    "(1, None, 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'), (2,)"
     """
-    values = [repr(v[:40]) + "..." * (len(v) > 40) if isinstance(v, (str, bytes)) else repr(v) for v in row[:8]]
-    return f"({', '.join(values)}{', ...' * (len(row) > 8)})"
+    short = [tuple(v[:40] if isinstance(v, (str, bytes)) else v for v in row[:8]) for row in list(rows)[:5]]
+    return cut(str(short)[1:-1], 400)
+
+
+ALL_NAMES = """SELECT name, lower(name) FROM sqlite_master WHERE type <> 'index' UNION ALL
+SELECT m.name || '.' || c.name, lower(c.name) FROM sqlite_master m, pragma_table_info(m.name) c"""  # as shown, to match
 
 
 def _explain(db: str, sql: str, error: str) -> str:
-    """SQLite's `error` for the editor: not a SELECT, a syntax error with its place, an unknown name and the nearest."""
-    import sqlglot
-    from sqlglot import exp
-
+    """SQLite's `error` for the editor, and what helps: not a SELECT, the place of a syntax error, the nearest names."""
+    # The error decides the verdict, the rest is help: where sqlglot and SQLite disagree, SQLite is right.
+    notes, (kind, _, name) = [f"SQL error: {error}"], error.partition(": ")
     try:
         trees = [tree for tree in sqlglot.parse(sql[:20_000], read="sqlite") if tree]
+        if [isinstance(tree, sqlglot.exp.Query) for tree in trees] != [True]:
+            notes.append("not a single SELECT but " + ", ".join(tree.key.upper() for tree in trees[:5]))
     except Exception as e:  # sqlglot also gives up on stray quotes, deep nesting and some queries that SQLite can read
-        if not getattr(e, "errors", ()) or not re.search("syntax error|incomplete input", error):
-            return f"SQL error: {error}"
-        at = e.errors[0]
-        place = f"line {at['line']}, column {at['col']}, near {at['highlight'][:80]!r}"
-        return f"syntax error at {place}: {at['description'].split(' but got <')[0].rstrip('.')} (SQLite: {error})"
-    if trees and (len(trees) > 1 or not isinstance(trees[0], exp.Query)):
-        kinds = ", ".join(tree.key.upper() if tree.key in sql.lower() else sql.split()[0][:40] for tree in trees[:5])
-        return f"not a single SELECT but {kinds}: a query can only read (SQLite: {error})"
-    kind, _, name = error.lower().partition(": ")
-    if kind not in ("no such table", "no such column") or not trees:
-        return f"SQL error: {error}"
-    with contextlib.closing(_open_readonly(db)) as connection:
-        pairs = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type <> 'index'"
-        columns = connection.execute(pairs).fetchall()
-    owner, _, name = name.rpartition(".")
-    used = {table.alias_or_name.lower(): table.name.lower() for table in trees[0].find_all(exp.Table)}
-    inside = [used[owner]] if owner in used else used.values()  # a qualifier narrows the search to its table
-    real = {t.lower(): t for t, _ in columns}
-    if kind == "no such column":
-        real = {c.lower(): f"{t}.{c}" for t, c in columns if t.lower() in inside}
-    near = difflib.get_close_matches(name[:100], real, 1, 0.4)
-    homes = ", ".join(t for t, c in columns if c.lower() == name)
-    hint = f"; the nearest is {real[near[0]]}" if near else ""
-    return error + hint + (f"; {name} is a column of {homes}" if homes else "")
+        if getattr(e, "errors", ()) and re.search("syntax error|incomplete input", error):
+            notes.append("line {line}, column {col}, near {highlight:.80}".format(**e.errors[0]))
+    if kind in ("no such table", "no such column"):
+        with closing(_open_readonly(db)) as connection:
+            real = dict(connection.execute(ALL_NAMES))
+        # "T1.titel" is looked up as "titel": a column that exists in another table is then the nearest of all
+        near = difflib.get_close_matches(name.lower().rpartition(".")[2][:100], set(real.values()), 2, 0.5)
+        notes.append("nearest: " + (", ".join([full for full, short in real.items() if short in near][:5]) or "none"))
+    return "; ".join(notes)
 
 
 def extract_sql(response: str) -> str | None:
-    """The query of a response: what its last `<answer>` holds, else its last ```sql block, else its last block.
+    """The query of a response: what its last `<answer>` holds, a fence around it removed, else its last ```sql block.
 
     >>> extract_sql("```sql\\nSELECT 1;\\n``` or <answer>```sqlite\\nSELECT 2\\n```</answer>"), extract_sql("SELECT 3")
     ('SELECT 2', None)
     """
     tagged = extract_tag(response, "answer")
-    blocks = re.findall(r"```[ \t]*(sql(?:ite3?)?\b|\w*(?=[ \t]*\n))?(.*?)```", tagged or response, re.DOTALL | re.I)
-    sql = [text for language, text in blocks if language.lower().startswith("sql")] or [text for _, text in blocks]
-    return sql[-1].strip() if sql else tagged
+    blocks = re.findall(r"```sql(?:ite)?\b(.*?)```", tagged or response, re.DOTALL | re.IGNORECASE)
+    sql = blocks[-1] if blocks else tagged
+    return sql and sql.removeprefix("```").removesuffix("```").strip()
 
 
 BIRD_FILES = ("mini_dev_sqlite.json", "dev.json", "train.json")
 BIRD_FIELDS = ("db_id", "question", "SQL", "evidence", "question_id", "difficulty")  # the first three are required
-BIRD_REMEDY = (
-    "get BIRD from https://bird-bench.github.io: https://bird-bench.oss-cn-beijing.aliyuncs.com/train.zip, dev.zip or "
-    "minidev.zip there, and unpack the databases beside the questions"
-)
+BIRD_REMEDY = "unpack https://bird-bench.oss-cn-beijing.aliyuncs.com/train.zip (or dev.zip, minidev.zip)"
 
 
-def find_bird_files(path: Path) -> list[Path]:
-    """The question files in a folder, else up to two levels below, else up to two above; FileNotFoundError if none."""
-    if path.is_file():
-        return [path.resolve()]
-    for level in (".", "*", "*/*", "..", "../.."):
-        pattern = os.path.join(glob.escape(str(path)), level)
-        files = [file for name in BIRD_FILES for file in sorted(glob.glob(os.path.join(pattern, name)))]
-        if files:
-            return [Path(file).resolve() for file in files]
-    raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: {BIRD_REMEDY}.")
-
-
-def column_meanings(folder: Path) -> dict[tuple[str, str], str]:
-    """(table, column), lower case -> meaning, from BIRD's `database_description/<table>.csv`; {} without the folder."""
-    meanings = {}
+def column_meanings(folder: Path) -> list[str]:
+    """Lines "-- table.column: meaning" from BIRD's `database_description/<table>.csv`; [] without the folder."""
+    lines = []
     for file in sorted(folder.glob("*.csv")):
         raw = file.read_bytes()
-        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         try:
-            text = raw.decode("utf-16" if wide else "utf-8-sig")
+            text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         except UnicodeError:  # some were saved by Windows programs
             text = raw.decode("cp1252", "replace")
-        for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
-            row = {k.strip().lower(): " ".join(v.split()) for k, v in row.items() if k and isinstance(v, str)}
-            column = row.get("original_column_name", "").lower()
-            parts = [row.get(k, "") for k in ("column_name", "column_description", "value_description")]
-            kept = [p for p in dict.fromkeys(parts) if p and p.lower() != column]
-            meanings[file.stem.lower(), column] = cut("; ".join(kept), 200)
-    return meanings
+        with suppress(csv.Error):  # an unclosed quote swallows the file: what came before it stays
+            for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
+                row = {str(key).strip().lower(): " ".join(str(value or "").split()) for key, value in row.items()}
+                told = [row.get(key) for key in ("column_name", "column_description", "value_description")]
+                if any(told):
+                    meaning = cut("; ".join(filter(None, told)), 200)
+                    lines.append(f"-- {file.stem}.{row.get('original_column_name')}: {meaning}")
+    return lines
 
 
+@functools.cache
 def schema_text(db: Path, limit: int) -> str:
     """The CREATE statements in the file, with sample values and the meanings of columns as comments.
 
     At most `limit` characters: what does not fit goes in the order meanings, samples, middle, and the text says so.
     """
-    meanings = column_meanings(db.parent / "database_description")
-    full, sampled, bare = [], [], []  # lines with everything, without meanings, without comments
-    with contextlib.closing(_open_readonly(str(db))) as connection:
+    lines = []  # (rank, line): where space is short, the higher rank goes first
+    with closing(_open_readonly(str(db))) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')").fetchall()
-        for table, create in [row for row in found if row[1] and not row[0].startswith("sqlite_")]:
-            for lines in (full, sampled, bare):
-                lines.append(create.strip() + ";")
-            with contextlib.suppress(sqlite3.Error):  # a view may be broken
+        for table, create in connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')"):
+            lines.append((0, f"{create};"))
+            with suppress(sqlite3.Error):  # a view may be broken
                 cursor = connection.execute('SELECT * FROM "{}" LIMIT 100'.format(table.replace('"', '""')))
-                rows = cursor.fetchall()
-                for i, (column, *_) in enumerate(cursor.description):
-                    values = dict.fromkeys(row[i] for row in rows if row[i] is not None)
-                    meaning = meanings.get((table.lower(), column.lower()), "")
-                    sampled.append(f"-- {column}: e.g. {_brief(tuple(values)[:3])}")
-                    full.append(sampled[-1] + f" | {meaning}" * bool(meaning))
-    for lines, gone in ((full, ""), (sampled, "meanings"), (bare, "meanings and sample values")):
-        text = "\n".join([f"-- left out, the schema is long: {gone} of columns"] * bool(gone) + lines)
+                for (column, *_), values in zip(cursor.description, zip(*cursor)):
+                    samples = [value for value in dict.fromkeys(values) if value is not None][:3]
+                    lines.append((1, f"-- {column}: e.g. {_brief([samples])}"))
+    lines += [(2, line) for line in column_meanings(db.parent / "database_description")]
+    for most in (2, 1, 0):
+        note = "-- The schema is long: comments on columns are left out.\n" if most < 2 else ""
+        text = note + "\n".join(line for rank, line in lines if rank <= most)
         if len(text) <= limit:
             break
     return cut(text, limit)
@@ -675,106 +621,84 @@ def schema_text(db: Path, limit: int) -> str:
 class Bird:
     """The task "bird": one domain is one database of a folder in BIRD's format.
 
-    `path` holds `train.json` and `train_databases/`, or `dev.json` or `mini_dev_sqlite.json` and `dev_databases/`, with
-    `<db>/<db>.sqlite` inside; it may be up to two folders above or below, or the JSON file itself. A database named by
-    several files belongs to the first of mini-dev, dev, train. What cannot be used is named in one sentence on stderr
-    and left out; ValueError if nothing is left. `schema_chars` bounds the schema in a prompt, `edit_chars` each field
-    of a problem in the editor's prompt, which holds the solver's full text if `reasoning`; `timeout` is in seconds.
+    `path` is a folder that holds, at any depth, `train.json` beside `train_databases/`, or `dev.json` or
+    `mini_dev_sqlite.json` beside `dev_databases/`, with `<db>.sqlite` inside; or one such JSON file. A database named
+    by several files belongs to the first of mini-dev, dev, train. What cannot be used is named in one sentence on
+    stderr and left out; ValueError if nothing is left.
     """
 
     name = "bird"
-    seed_instructions = (
-        "Find the tables and columns that the question and its hint speak of, and how they join. Return exactly the "
-        "columns that are asked for, in the order asked, and nothing else."
-    )
+    seed_instructions = "Find the tables and columns that matter, and how they join. Return just the columns asked for."
+    schema_chars, timeout = 16_000, 30.0  # the longest schema in a prompt; seconds for a query
+    reasoning = False  # whether the editor sees the solver's full text
 
-    def __init__(self, path: str | Path, schema_chars: int = 16_000, edit_chars: int = 1500, reasoning: bool = False,
-                 timeout: float = 30.0):  # fmt: skip
-        self.schema_chars, self.edit_chars, self.reasoning, self.timeout = schema_chars, edit_chars, reasoning, timeout
+    def __init__(self, path: str | Path) -> None:
         self.files: dict[str, Path] = {}  # database -> its SQLite file
-        self.faults: dict[str, str] = {}  # database or question file -> one sentence for a person
-        self.train: set[str] = set()  # the databases of the train archive
-        self._entries: dict[str, list[tuple[int, dict]]] = {}  # database -> its entries with their place in the file
         self._problems: dict[str, list[Problem]] = {}
-        self._schema = functools.cache(schema_text)
-        for file in find_bird_files(Path(path)):
-            self._read(file)
-        if not self.files:
-            raise ValueError(f"no usable database under {path}: " + cut(" ".join(self.faults.values()), 1000))
-        for sentence in self.faults.values():
-            print(f"bird: {sentence}", file=sys.stderr)
+        root = Path(path).resolve()
+        files = [root] if root.is_file() else [file for name in BIRD_FILES for file in sorted(root.rglob(name))]
+        if not files:
+            raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: {BIRD_REMEDY}.")
+        faults = [f"bird: {file}: {fault}; {BIRD_REMEDY}." for file in files for fault in self._read(file)]
+        print("\n".join(faults), end="\n" * bool(faults), file=sys.stderr)
+        need(self.files, path, "at least one usable database", cut(" ".join(faults), 180))
 
-    def _read(self, file: Path) -> None:
-        """Take the databases of one question file; note in `faults` what is wrong."""
+    def _read(self, file: Path) -> Iterable[str]:
+        """Take the databases of one question file; yields what is wrong, one sentence each.
+
+        A fault of one database leaves the others alone; an unknown field is reported, because it may be a misspelt
+        one, and otherwise ignored.
+        """
+        groups: dict[str, list[dict]] = {}
         try:
-            entries = json.loads(file.read_text("utf-8-sig"))
-            names = {str(entry.get("db_id")) for entry in entries} - set(self.files)
-        except (ValueError, AttributeError, TypeError) as error:
-            self.faults[str(file)] = f"{file} is not a JSON list of questions ({error}): {BIRD_REMEDY}."
+            for i, entry in enumerate(json.loads(file.read_text("utf-8-sig"))):
+                groups.setdefault(entry["db_id"], []).append({"question_id": i, **entry})
+        except (ValueError, KeyError, TypeError) as error:
+            yield f"not a JSON list of questions with a db_id ({error!r})"
             return
-        paths = {db.stem: db for db in sorted(file.parent.glob("*databases/**/*.sqlite"))}
-        for db in sorted(names):
-            mine = [(i, entry) for i, entry in enumerate(entries) if str(entry.get("db_id")) == db]
-            lacks = [(i, f) for i, entry in mine for f in BIRD_FIELDS[:3] if not isinstance(entry.get(f), str)]
-            odd = sorted({field for _, entry in mine for field in entry} - set(BIRD_FIELDS))
-            if lacks:
-                what = f"entry {lacks[0][0]} (db_id {db}) has no text in {lacks[0][1]}, unknown fields: {odd}"
-            elif db not in paths:
-                what = f"no {db}.sqlite under {file.parent}{os.sep}*databases, so the database {db} is left out"
-            else:
-                self.files[db], self._entries[db] = paths[db], mine
-                self.train |= {db} if file.name == "train.json" else set()
-                what = f"the unknown fields {odd} of database {db} are ignored" if odd else ""
-            if what:
-                self.faults[db] = f"{file}: {what}; the fields are {', '.join(BIRD_FIELDS)}: {BIRD_REMEDY}."
+        paths = {db.name: db for db in file.parent.glob("*databases/**/*.sqlite")}
+        for db in sorted(groups.keys() - self.files.keys()):
+            unknown = sorted({field for entry in groups[db] for field in entry} - set(BIRD_FIELDS))
+            if unknown:
+                yield f"database {db}: the fields {unknown} are unknown, the known are {', '.join(BIRD_FIELDS)}"
+            try:
+                self._problems[db] = [
+                    Problem(str(e["question_id"]), e["question"], e["SQL"], db, evidence=e.get("evidence") or "")
+                    for e in groups[db]
+                ]
+                self.files[db] = paths[f"{db}.sqlite"]
+            except KeyError as missing:  # a field or the file
+                yield f"database {db} is left out: {missing} is missing"
 
     def domains(self, split: str) -> list[str]:
-        """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all".
-
-        A folder that has only one of the two is divided: the last fifth of the names, at least one, is "test" and the
-        rest is "train". A single database is both.
-        """
-        if split not in ("train", "test", "all"):
-            raise ValueError(f"no split {split!r}: choose train, test or all")
-        names = sorted(self.files)
-        train, test = sorted(self.train), sorted(set(names) - self.train)
-        if not test or not train:
-            first = len(names) - math.ceil(len(names) / 5)
-            train, test = names[:first] or names, names[first:]
-        return {"train": train, "test": test, "all": names}[split]
+        """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all". A
+        folder that has only one of the two is divided by `split_names`."""
+        names = split_names(self.files, split)
+        train = {db for db, file in self.files.items() if "train_databases" in file.parts}
+        if split == "all" or len(train) in (0, len(self.files)):
+            return names
+        return sorted(train if split == "train" else self.files.keys() - train)
 
     def problems(self, domain: str) -> list[Problem]:
         """Its problems. The first call runs every gold query; those that fail are named on stderr and dropped."""
-        if domain in self._problems:
-            return list(self._problems[domain])
-        if domain not in self.files:
-            raise ValueError(self.faults.get(domain, f"no database {domain!r}: choose {', '.join(sorted(self.files))}"))
-        problems: dict[str, Problem] = {}
-        for i, entry in self._entries[domain]:
-            number = str(i if entry.get("question_id") is None else entry["question_id"])
-            number += f"#{i}" * (number in problems)  # some files repeat an id
-            evidence = str(entry.get("evidence") or "")
-            problems[number] = Problem(number, entry["question"], entry["SQL"], domain, evidence=evidence)
-        file, golds = self.files[domain], [problem.gold for problem in problems.values()]
-        golds = in_parallel(lambda gold: gold_result(file, gold, self.timeout), golds)
-        failed = {number: error for number, (ok, error) in zip(problems, golds) if not ok}
-        if failed:
-            what = f"{len(failed)} of {len(problems)} problems dropped, their gold SQL fails: {cut(str(failed), 1000)}"
-            print(f"bird: {file}: {what}", file=sys.stderr)
-        if len(failed) == len(problems):
-            raise ValueError(f"every gold query fails on {file}: {cut(str(failed), 300)}: {BIRD_REMEDY}.")
-        self._problems[domain] = [problem for number, problem in problems.items() if number not in failed]
-        return list(self._problems[domain])
+        need(domain in self.files, self.name, f"one of the databases {', '.join(sorted(self.files))}", domain)
+        problems, db = self._problems[domain], str(self.files[domain])
+        golds = in_parallel(lambda problem: gold_result(db, problem.gold, self.timeout), problems)
+        errors = [f"{problem.id}: {error}" for problem, (ok, error) in zip(problems, golds) if not ok]
+        need(len(errors) < len(problems), db, f"gold queries that run ({BIRD_REMEDY})", errors)
+        if errors:
+            what = f"{len(errors)} of {len(problems)} problems dropped, their gold SQL fails: {'; '.join(errors):.1000}"
+            print(f"bird: {db}: {what}", file=sys.stderr)
+        self._problems[domain] = [problem for problem, (ok, _) in zip(problems, golds) if ok]
+        return self._problems[domain]
 
     def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
         """One user message (some chat templates refuse a system message); what a domain shares comes first."""
-        hint = f"Hint: {problem.evidence}\n" if problem.evidence else ""
         content = f"""Answer a question about a database with one SQLite query.
-\n# Database\n{self._schema(self.files[problem.domain], self.schema_chars)}
+\n# Database\n{schema_text(self.files[problem.domain], self.schema_chars)}
 \n# Instructions\n{instructions}
-\n# Question\n{hint}{problem.question}
-\nThink first if it helps. Then write the query between <answer> and </answer>, and nothing but the query: only what
-stands between the tags is run."""
+\n# Question\n{problem.evidence}\n{problem.question}
+\nThink first if it helps. Then write the query, and nothing but the query, between <answer> and </answer>."""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
@@ -783,30 +707,32 @@ stands between the tags is run."""
 
     def grade_many(self, pairs: list[tuple[Problem, str]], progress: str = "") -> list[Grade]:
         """`grade` of every (problem, response), side by side; identical queries to a problem run once."""
-        jobs = [(self.files[p.domain], extract_sql(response) or "", p.gold) for p, response in pairs]
+        jobs = [(str(self.files[p.domain]), extract_sql(response) or "", p.gold) for p, response in pairs]
         return match_many(jobs, self.timeout, progress)
 
     def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
-        """See `edit_messages`."""
-        role = "a model that answers questions about one SQLite database by writing a query"
-        return edit_messages(role, instructions, summary, self.edit_chars, self.reasoning)
+        return edit_messages("a model that writes SQLite queries", instructions, summary, reasoning=self.reasoning)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Multiple choice: MMLU-Redux, SuperGPQA, MMLU-Pro
+# Questions: MMLU-Redux, SuperGPQA, MMLU-Pro and your own
 # ---------------------------------------------------------------------------------------------------------------------
+# Every source (a JSONL or CSV file, a folder that `datasets` saved, the hub) becomes a list of records: flat dicts with
+# the fields as published and "where" each stands. `choice_problem` or `own_problem` makes problems of them.
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LETTER, NO_TAGS = "the letter of the one right option", "There is no closed pair of <answer> tags."
 REDUX, SUPERGPQA, MMLU_PRO = "edinburgh-dawg/mmlu-redux-2.0", "m-a-p/SuperGPQA", "TIGER-Lab/MMLU-Pro"  # on the hub
-Records = list[tuple[str, dict]]  # each with the place it stands at ("law.jsonl, line 3"), for the error messages
-Domains = dict[str, list[Problem]]
+# What the answer tags must hold, by grader: the letter of the gold option; the same text (white space aside); a number
+# within `tolerance`; a text in which the gold one occurs (in any case).
+GRADERS = {"choice": "one letter", "exact": "the answer alone", "number": "the number alone", "contains": "the answer"}
 
 
-def need(ok: object, where: object, wanted: str, found: object) -> None:
-    """One sentence for the owner of the data, unless `ok`."""
-    if not ok:
-        raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
+@dataclass(frozen=True)
+class Question(Problem):
+    """A problem that brings its grader along. `tolerance` is absolute and for "number"."""
+
+    grader: str = "choice"
+    tolerance: float = 0.0
 
 
 def read_letter(text: str, n: int) -> str | None:
@@ -819,6 +745,22 @@ def read_letter(text: str, n: int) -> str | None:
     around = r"""[\s.,:;()\[\]{}*_`'"$]*"""
     found = re.fullmatch(f"{around}([A-Za-z]){around}", text)
     return found[1].upper() if found and LETTERS.index(found[1].upper()) < n else None
+
+
+def read_number(text: str) -> float | None:
+    """The one number that `text` holds; None if there is none, more than one, or one too large for a float.
+
+    >>> [read_number(text) for text in ("42", "-1,234.50 km", "= $5.", "1/4", "6e-2", "3 or 4", "1.2.3", "ten")]
+    [42.0, -1234.5, 5.0, 0.25, 0.06, None, None, None]
+    """
+    text = text.replace("\N{MINUS SIGN}", "-")
+    plain = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+    found = re.search(rf"((?:[-+]\s*)?(?:{plain})(?:[eE][-+]?[0-9]+)?)(?:\s*/\s*([1-9][0-9]*))?", text)
+    # Any further digit, also "²" or "½", means that more was said than this one number.
+    if not found or any(c.isnumeric() for c in text[: found.start()] + text[found.end() :]):
+        return None
+    value = float(re.sub(r"[\s,]", "", found[1])) / float(found[2] or 1)
+    return value if math.isfinite(value) else None
 
 
 def gold_letter(value: object, n: int) -> str | None:
@@ -851,62 +793,78 @@ def choice_letter(record: dict) -> str | None:
     return letter if letter and LETTERS.index(letter) < n else None
 
 
-def numbered(source: object, rows: Iterable[dict]) -> Records:
-    """Rows of a table, each with its place."""
-    return [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
+def expected(wanted: str, where: str, found: object) -> ValueError:
+    """The error for the owner of the data: what was looked for, in which file and line, and what is there."""
+    return ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
 
 
-def read_records(path: Path) -> Records:
-    """The records of a JSONL, CSV or parquet file or a folder that `datasets` saved; ValueError names file and line."""
-    if path.is_dir() or path.suffix == ".parquet":
+def read_rows(path: Path) -> Iterable[dict | bytes]:
+    """The rows of a folder that `datasets` saved or of a CSV file, or the lines of a JSONL file."""
+    if path.is_dir():
         import datasets
 
-        load = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
-        return numbered(path, load(str(path)).to_list())
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
-    records: Records = []
+        return datasets.load_from_disk(str(path))
     if path.suffix == ".csv":
-        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)  # some of the authors' files use ';'
-        records = numbered(path, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    else:
-        for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside a string
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    record = f"{line[:60]} ({error})"
-                need(isinstance(record, dict), f"{path}, line {i}", "a JSON object {...}", record)
-                records.append((f"{path}, line {i}", record))
-    need(records, path, "at least one record", text[:60])
-    return records
+        text = path.read_text("utf-8-sig")
+        return csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=text.split("\n", 1)[0].count))
+    return path.read_bytes().rstrip().split(b"\n")  # splitlines() would also split at U+2028 inside a string
 
 
-def field(record: dict, where: str, *names: str) -> Any:
-    """The first of these fields that is filled; ValueError with the fields there are if none is."""
-    filled = [record[name] for name in names if record.get(name) is not None and str(record[name]).strip()]
-    need(filled, where, f"a filled field {' or '.join(names)}", [*record])
-    return filled[0]
+def read_records(rows: Iterable[dict | bytes], source: str, table: str) -> Iterator[dict]:
+    """Rows of any source in one form: "question", "answer", "choices" (() for none), "id", "domain", "where".
+
+    `table` is the domain and numbers the ids where a row does not say better. Its other fields stay, but empty ones are
+    left out. ValueError names the line.
+    """
+    for i, row in enumerate(rows, 1):
+        where = f"{source}, line {i}"
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            filled = {name: value for name, value in row.items() if value is not None and str(value).strip()}
+            given = next((name for name in ("answer_letter", "answer_index") if name in filled), "answer")
+            choices = filled.get("choices", filled.get("options", []))
+            choices = list(ast.literal_eval(choices) if isinstance(choices, str) else choices)  # a CSV has it as text
+            fields = {"answer": filled[given], "question": str(filled["question"]).strip(),
+                      "choices": tuple(map(str, choices)), "id": str(filled.get("id", f"{table}-{i}"))}  # fmt: skip
+        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            raise expected(f"question, answer and any list of choices ({error!r:.90})", where, row) from None
+        yield {"domain": table, **filled, **fields, "where": where}
 
 
-def options(record: dict, where: str, *names: str) -> list[str]:
-    """The record's list of choices, which a raw CSV holds as text."""
-    choices = field(record, where, *names)
-    if isinstance(choices, str):
-        with suppress(ValueError, SyntaxError):
-            choices = ast.literal_eval(choices.strip())
-    need(isinstance(choices, list) and 1 < len(choices) <= len(LETTERS), where, "a list of 2 to 26 choices", choices)
-    return [str(choice) for choice in choices]
+def read_folder(source: str) -> dict[str, list[dict]]:
+    """The records of a local copy: JSONL, CSV files and folders that `datasets` saved, one per subject, at any depth.
+
+    Folders and files named "test" are the part "test", all others are "train". "validation" and "dev" hold few-shot
+    examples and are left out, hidden files too.
+    """
+    root, parts = Path(source).expanduser().resolve(), {"train": [], "test": []}
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        path = file.parent if file.name == "state.json" else file  # what marks a folder that `datasets` saved
+        names = [Path(name).stem for name in path.relative_to(root.parent).parts]
+        hidden = names[-1] in ("validation", "dev") or any(name.startswith(".") for name in names[1:])
+        if not hidden and (path != file or file.suffix in (".jsonl", ".csv")):
+            table = path.parent.name if names[-1] in ("train", "test") else names[-1].removeprefix("mmlu_")
+            parts["test" if "test" in names[1:] else "train"] += read_records(read_rows(path), str(path), table)
+    return parts
 
 
-def choice_problem(record: dict, where: str, domain: str, id: str) -> Problem | None:
+def from_hub(name: str) -> list[dict]:
+    """The records of a data set of the hub, all its configurations; ConnectionError, one sentence, if that fails."""
+    import datasets
+
+    split = "train" if name == SUPERGPQA else "test"  # where its questions are
+    try:
+        tables = {t: datasets.load_dataset(name, t, split=split) for t in datasets.get_dataset_config_names(name)}
+    except Exception as error:  # offline, moved, gated, half a download: datasets raises a dozen kinds
+        raise ConnectionError(f"{name}: no download; go online or give --data FOLDER ({error!r:.200}).") from error
+    return [record for t, rows in tables.items() for record in read_records(rows, f"{name}, {t}", t)]
+
+
+def choice_problem(record: dict) -> Question | None:
     """A record of MMLU-Redux, SuperGPQA or MMLU-Pro as a problem of at most four options; None if it is dropped."""
-    question, choices = str(field(record, where, "question")).strip(), options(record, where, "choices", "options")
-    answer = field(record, where, "answer_letter", "answer_index", "answer")
-    need(gold_letter(answer, len(LETTERS)), where, "an option's letter or its number from 0 as the answer", answer)
-    letter = choice_letter({**record, "choices": choices, "answer": answer})
+    letter, choices, question = choice_letter(record), record["choices"], record["question"]
+    if not choices or not gold_letter(record["answer"], len(LETTERS)):
+        raise expected("choices, and a letter or a number from 0", record["where"], (record["answer"], choices))
     if letter and len(choices) > 4:
         # Seeded by the question, so that the cut is the same everywhere, whatever else is loaded beside it.
         rng, right = random.Random(ascii(question)), choices[LETTERS.index(letter)]
@@ -914,256 +872,109 @@ def choice_problem(record: dict, where: str, domain: str, id: str) -> Problem | 
         choices = rng.sample(wrong, min(3, len(wrong))) + [right]
         rng.shuffle(choices)
         letter = LETTERS[choices.index(right)]
-    return Problem(id, question, letter, domain, choices=tuple(choices)) if letter else None
+    return Question(record["id"], question, letter, record["domain"], choices=tuple(choices)) if letter else None
 
 
-def by_domain(found: dict[str, Records], source: object, taken: Collection[str] = ()) -> Domains:
-    """The usable problems by domain: SuperGPQA's subfield (its field where a subfield has under 100 questions),
-    MMLU-Pro's category, else the collection. A name that is `taken` gets "_train" added."""
-    sizes = Counter(record.get("subfield") for records in found.values() for _, record in records)
-    domains: Domains = {}
-    for name, records in found.items():
-        for i, (where, record) in enumerate(records):
-            topic = record.get("subfield" if sizes[record.get("subfield")] >= 100 else "field")
-            topic = str(topic or record.get("category") or record.get("subject") or name)
-            domain = re.sub(r"\W+", "_", topic.lower()).strip("_")
-            domain += "_train" if domain in taken else ""
-            id = f"{name}-{record.get('uuid') or record.get('question_id') or i}"
-            if problem := choice_problem(record, where, domain, id):
-                domains.setdefault(domain, []).append(problem)
-    need(domains, source, "questions in *.jsonl, *.csv, *.parquet or folders that `datasets` saved", [*found])
-    return domains
+def own_problem(record: dict) -> Question:
+    """A line of {"question", "answer"} and, if you like, "choices", "domain", "id", "grader" (else "choice" with
+    choices, "number" for a number, "exact" for text) and "tolerance" (else 0); ValueError if they do not fit.
 
-
-def split_names(names: Iterable[str], split: str) -> list[str]:
-    """Domains where the data names no split: of the n sorted names the last n/5, rounded up, are "test".
-
-    >>> names = ["law", "anatomy", "virology"]
-    >>> [split_names(names, split) for split in ("train", "test", "all")]
-    [['anatomy', 'law'], ['virology'], ['anatomy', 'law', 'virology']]
-    >>> split_names(["law"], "train"), split_names(["law"], "test")  # one domain must serve both
-    (['law'], ['law'])
+    With choices the answer is the letter of one, its number from 0 or its text, but nothing that fits two of them.
     """
-    names = sorted(names)
-    k = len(names) - math.ceil(len(names) / 5)
-    splits = {"train": names[:k] or names, "test": names[k:], "all": names}
-    need(split in splits, "domains", "the split 'train', 'test' or 'all'", split)
-    return splits[split]
-
-
-def read_folder(root: Path) -> tuple[Domains, Domains]:
-    """Train and test domains of a local copy: JSONL, CSV and parquet files and folders that `datasets` saved, at any
-    depth, one per subject or part. Where there are both "train" and "test" folders or files, they are the two; else
-    `split_names` decides. "validation" and "dev" hold few-shot examples and are left out, hidden files too."""
-    if not root.exists():
-        raise FileNotFoundError(f"--data {root} does not exist; give a folder of questions, one file per subject.")
-    root, found = root.resolve(), {}  # (part, name) -> paths
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        path = file.parent if file.name == "state.json" else file
-        stems = [re.sub(r"-\d+-of-\d+$", "", Path(part).stem) for part in path.relative_to(root.parent).parts]
-        skipped = stems[-1] in ("validation", "dev") or any(stem.startswith(".") for stem in stems[1:])
-        if skipped or (path == file and file.suffix not in (".jsonl", ".csv", ".parquet")):
-            continue
-        part = next((stem for stem in stems[1:] if stem in ("train", "test")), "")
-        name = path.parent.name if stems[-1] in ("train", "test") else stems[-1].removeprefix("mmlu_")
-        found.setdefault((part, name), []).append(path)
-    both = {"train", "test"} <= {part for part, _ in found}
-    collections: dict[str, dict[str, Records]] = {"train": {}, "test": {}, "": {}}
-    for (part, name), paths in found.items():
-        group = collections[part if both else ""]
-        places = {(path.parent, path.suffix) for path in paths}  # several are the shards of one table
-        need(name not in group and len(places) == 1, root, "each subject once", f"{name} again in {paths[-1]}")
-        group[name] = [record for path in paths for record in read_records(path)]
-    if both:
-        test = by_domain(collections["test"], root)
-        return by_domain(collections["train"], root, taken=test), test
-    domains = by_domain(collections[""], root)
-    train, test = ({name: domains[name] for name in split_names(domains, split)} for split in ("train", "test"))
-    return train, test
-
-
-def from_hub(function: str, name: str, *args: str, **kwargs: str) -> Any:
-    """What a function of `datasets` returns for a data set of the hub; ConnectionError, one sentence, if it fails."""
-    import datasets
-
-    try:
-        return getattr(datasets, function)(name, *args, **kwargs)
-    except Exception as error:  # offline, moved, gated, half a download: datasets raises a dozen kinds
-        remedy = "go online, or download it elsewhere and give that folder with --data FOLDER"
-        raise ConnectionError(f"{name} could not be fetched from the hub: {remedy} ({error!r:.200}).") from error
-
-
-def ask(role: str, instructions: str, problem: Problem, wanted: str) -> list[dict]:
-    """The solver's chat, one user message: its role, the editable instructions, the question, what the tags hold."""
-    lines = [problem.question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))]
-    form = f"Think briefly, then finish with {wanted} in answer tags: <answer>...</answer>. Only the tags are read."
-    content = "\n\n".join([role, instructions, "Question: " + "\n".join(lines), form])
-    return [{"role": "user", "content": content.encode("utf-8", "replace").decode()}]  # lone surrogates: see `cut`
-
-
-def grade_letter(problem: Problem, response: str) -> Grade:
-    """Right if the last answer tags hold the one gold letter. The feedback quotes the options, which `Answer` lacks."""
-    answer = extract_tag(response, "answer")
-    if answer is None:
-        return Grade(False, "", NO_TAGS)
-    letter, last = read_letter(answer, len(problem.choices)), LETTERS[len(problem.choices) - 1]
-    if letter is None:
-        return Grade(False, answer, f"The tags must hold one letter from A to {last} and nothing else.")
-    said, gold = (problem.choices[LETTERS.index(option)] for option in (letter, problem.gold))
-    wrong = f"{letter} is {said!r}; the right option, {problem.gold}, is {gold!r}."
-    return Grade(letter == problem.gold, letter, "" if letter == problem.gold else wrong)
-
-
-class Choice:
-    """Multiple choice. Without a path: SuperGPQA to train, MMLU-Redux 2.0 to test, fetched from the hub when first
-    needed (the path "TIGER-Lab/MMLU-Pro" trains on that instead). With a path: a local copy, see `read_folder`."""
-
-    name = "mmlu"
-    seed_instructions = "Read the question and every option with care, rule out the wrong ones, and choose the best."
-
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.hub = str(path or SUPERGPQA)
-        if self.hub not in (SUPERGPQA, MMLU_PRO):
-            self.train, self.test = read_folder(Path(self.hub).expanduser())
-
-    @cached_property
-    def train(self) -> Domains:
-        rows = from_hub("load_dataset", self.hub, split="train" if self.hub == SUPERGPQA else "test")
-        return by_domain({"hub": numbered(self.hub, rows)}, self.hub, taken=self.test)
-
-    @cached_property
-    def test(self) -> Domains:  # one download per subject: `problems` fills them in
-        return {subject: [] for subject in from_hub("get_dataset_config_names", REDUX)}
-
-    def domains(self, split: str) -> list[str]:
-        """The subjects of "train", "test" or "all"; ValueError for another split."""
-        split_names((), split)
-        return sorted({*(self.train if split != "test" else ()), *(self.test if split != "train" else ())})
-
-    def problems(self, domain: str) -> list[Problem]:
-        """The problems of one subject; ValueError names the subjects if this is none."""
-        if domain in self.test and not self.test[domain]:
-            rows = from_hub("load_dataset", REDUX, domain, split="test")
-            self.test.update(by_domain({domain: numbered(REDUX, rows)}, REDUX))
-        group = self.test if domain in self.test else self.train
-        need(domain in group, self.name, f"one of the subjects {', '.join({**group, **self.test})}", domain)
-        return group[domain]
-
-    def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
-        return ask(f"You answer questions on {problem.domain.replace('_', ' ')}.", instructions, problem, LETTER)
-
-    def grade(self, problem: Problem, response: str) -> Grade:
-        return grade_letter(problem, response)
-
-    def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
-        role = f"a model that answers multiple-choice questions of one subject with {LETTER}, in <answer> tags"
-        return edit_messages(role, instructions, summary)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Your own problems: a JSONL file
-# ---------------------------------------------------------------------------------------------------------------------
-
-# What the answer tags must hold, by grader: the same text (white space aside); a number within `tolerance`; the gold
-# letter; a text in which the gold one occurs (in any case).
-GRADERS = {"exact": "the answer alone", "number": "the number alone", "choice": LETTER, "contains": "the answer"}
-
-
-@dataclass(frozen=True)
-class OwnProblem(Problem):
-    """A problem that brings its grader along. `tolerance` is absolute and for "number"."""
-
-    grader: str = "exact"
-    tolerance: Fraction = Fraction(0)
-
-
-def read_number(text: str) -> Fraction | None:
-    """The one number that `text` holds, exactly; None if there is none or more than one.
-
-    >>> [str(read_number(text)) for text in ("42", "-1,234.50 km", "= $5.", "1/3", "6e-2", "3 or 4", "1.2.3", "ten")]
-    ['42', '-2469/2', '5', '1/3', '3/50', 'None', 'None', 'None']
-    """
-    text = text.replace("\N{MINUS SIGN}", "-")
-    plain = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
-    found = re.search(rf"[-+]?\s*(?:{plain})(?:[eE][-+]?[0-9]{{1,3}}|\s*/\s*[0-9]+)?", text[:400])
-    # Any further digit, also "²" or "½", means that more was said than this one number.
-    if not found or any(c.isnumeric() for c in text[: found.start()] + text[found.end() :]):
-        return None
-    try:
-        return Fraction(re.sub(r"[\s,]", "", found[0]))
-    except (ValueError, ZeroDivisionError):  # 1.5/2, 1/0
-        return None
-
-
-def own_problem(record: dict, where: str, default: str | None, domain: str, id: str) -> OwnProblem:
-    """One line of the file as a problem; ValueError with the place and the value if it does not fit its grader."""
-    question, answer = str(field(record, where, "question")), field(record, where, "answer")
-    need(type(answer) in (str, int, float), where, "text or a number as the answer", answer)
-    choices = options(record, where, "choices") if record.get("choices") else []
-    usual = "choice" if choices else default or ("exact" if isinstance(answer, str) else "number")
-    grader, gold, tolerance = record.get("grader") or usual, str(answer), Fraction(0)
-    need(grader in [*GRADERS], where, f"one of the graders {', '.join(GRADERS)}", grader)
+    where, answer, choices, gold = record["where"], record["answer"], record["choices"], str(record["answer"])
+    grader = record.get("grader", "choice" if choices else "exact" if isinstance(answer, str) else "number")
+    tolerance, fits = record.get("tolerance", 0), grader != "number" or read_number(gold) is not None
+    if grader not in [*GRADERS] or not fits or not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise expected(f"one of {[*GRADERS]}, an answer like it, tolerance from 0", where, (grader, answer, tolerance))
     if grader == "choice":
-        letters = {gold_letter(answer, len(choices))} | {a for a, c in zip(LETTERS, choices) if c == gold}
-        letters.discard(None)
-        need(len(letters) == 1, where, f"one of the {len(choices)} choices, its letter or its number from 0", answer)
+        letters = {gold_letter(answer, len(choices)), *(a for a, c in zip(LETTERS, choices) if c == gold)} - {None}
+        if len(letters) != 1:
+            raise expected(f"the letter, the number from 0 or the text of one of {choices}", where, answer)
         gold = letters.pop()
-    if grader == "number":
-        value, given = read_number(gold), read_number(str(record.get("tolerance", 0)))
-        need(value is not None, where, "one number as the answer", answer)
-        need(given is not None and given >= 0, where, "a tolerance of 0 or more", record.get("tolerance"))
-        # A whole number must be hit exactly, another one to five digits: 0.333333 is meant to be a third.
-        tolerance = given if "tolerance" in record or value.denominator == 1 else abs(value) / 10**5
-    return OwnProblem(id, question, gold, domain, choices=tuple(choices), grader=grader, tolerance=tolerance)
+    return Question(record["id"], record["question"], gold, record["domain"], "", "", choices, grader, tolerance)
 
 
-class Jsonl:
-    """Problems of your own: a JSONL file of {"question", "answer"} and, if you like, "domain", "choices", "id",
-    "grader" and "tolerance"; or a folder of such files. `grader` serves the lines that neither name one nor have
-    choices."""
+def by_domain(records: list[dict], make: Callable[[dict], Question | None]) -> dict[str, list[Question]]:
+    """The problems by domain: SuperGPQA's subfield (its field where a subfield has under 100 questions), MMLU-Pro's
+    category, else the record's domain or file. ValueError if an id comes twice in a domain."""
+    sizes = Counter(record.get("subfield") for record in records)
+    domains: dict[str, dict[str, Question]] = {}
+    for record in records:
+        topic = record.get("subfield" if sizes[record.get("subfield")] >= 100 else "field") or record.get("category")
+        name = re.sub(r"\W+", "_", str(topic or record.get("subject") or record["domain"]).lower()).strip("_")
+        if problem := make({**record, "domain": name}):
+            if domains.setdefault(name, {}).setdefault(problem.id, problem) is not problem:
+                raise expected(f"one file for {name} and every id once in it", record["where"], problem.id)
+    return {name: list(group.values()) for name, group in domains.items()}
 
-    name = "jsonl"
-    seed_instructions = "Read the question with care and answer exactly what it asks."
 
-    def __init__(self, path: str | Path | None = None, grader: str | None = None) -> None:
-        files = sorted(Path(path).glob("*.jsonl")) if path and Path(path).is_dir() else [Path(path or "")]
-        if not files or not files[0].is_file():
-            raise FileNotFoundError(f'--data must be a file of {{"question": ..., "answer": ...}} lines, not {path}.')
-        self.groups: Domains = {}
-        places: dict[str, str] = {}
-        for file in files:
-            for i, (where, record) in enumerate(read_records(file), 1):
-                id = f"{file.stem}-{i}" if record.get("id") is None else str(record["id"])
-                domain = str(record.get("domain") or file.stem)
-                need(places.setdefault(id, where) == where, where, f"an id other than that of {places[id]}", id)
-                self.groups.setdefault(domain, []).append(own_problem(record, where, grader, domain, id))
+class Questions:
+    """The tasks "mmlu", multiple choice, and "jsonl", problems of your own (see `own_problem`).
+
+    `path` is a file or folder, see `read_folder`. Unless it has both parts, the last fifth of the sorted domains,
+    rounded up, is for testing; a single domain serves both. A domain of both parts is "..._train" in training.
+    "mmlu" without a path trains on SuperGPQA, with the path "TIGER-Lab/MMLU-Pro" on that, and tests on MMLU-Redux, from
+    the hub. FileNotFoundError if there is no question.
+    """
+
+    seed_instructions = "Read the question with care, rule out what cannot be right, and answer exactly what is asked."
+
+    def __init__(self, name: str, path: str | Path | None = None) -> None:
+        self.name, source = name, str(path or SUPERGPQA)
+        hub = source in (SUPERGPQA, MMLU_PRO)
+        if not hub and not Path(source).expanduser().exists():
+            raise FileNotFoundError(f"--data {source} does not exist; give a file or folder of questions.")
+        parts = {"train": from_hub(source), "test": from_hub(REDUX)} if hub else read_folder(source)
+        train, test = (by_domain(parts[p], choice_problem if name == "mmlu" else own_problem) for p in parts)
+        self.groups = {**test, **{d + "_train" * (d in test): problems for d, problems in train.items()}}
+        names = sorted(self.groups)
+        if not names:
+            raise FileNotFoundError(f"{source} holds no usable question in .jsonl or .csv files or saved `datasets`.")
+        held = sorted(test) if train and test else names[len(names) - math.ceil(len(names) / 5) :]
+        self.splits = {"train": [d for d in names if d not in held] or names, "test": held, "all": names}
 
     def domains(self, split: str) -> list[str]:
-        """The file's domains; see `split_names`."""
-        return split_names(self.groups, split)
+        """The sorted domains of "train", "test" or "all"."""
+        if split not in self.splits:
+            raise ValueError(f"no split {split!r}: choose {', '.join(self.splits)}")
+        return self.splits[split]
 
-    def problems(self, domain: str) -> list[Problem]:
+    def problems(self, domain: str) -> list[Question]:
         """The problems of one domain; ValueError names the domains if this is none."""
-        need(domain in self.groups, self.name, f"one of the domains {', '.join(self.groups)}", domain)
+        if domain not in self.groups:
+            raise ValueError(f"no domain {domain!r}: choose {', '.join(self.splits['all'])}")
         return self.groups[domain]
 
-    def solve_chat(self, instructions: str, problem: OwnProblem) -> list[dict]:
-        return ask("You answer questions.", instructions, problem, GRADERS[problem.grader])
+    def solve_chat(self, instructions: str, problem: Question) -> list[dict]:
+        """One user message: its role, the editable instructions, the question, what the tags must hold."""
+        options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))
+        content = f"""You answer questions on {problem.domain.replace('_', ' ')}.
+\n{instructions}
+\nQuestion: {problem.question}{options}
+\nThink briefly, then end with {GRADERS[problem.grader]} in tags: <answer>...</answer>. Only the tags are read."""
+        return [{"role": "user", "content": content.encode("utf-8", "replace").decode()}]  # lone surrogates: see `cut`
 
-    def grade(self, problem: OwnProblem, response: str) -> Grade:
+    def grade(self, problem: Question, response: str) -> Grade:
         """By the problem's own grader, on what stands in the last answer tags."""
         answer = extract_tag(response, "answer")
-        if problem.grader == "choice" or answer is None:
-            return grade_letter(problem, response)
+        if answer is None:
+            return Grade(False, "", "There is no closed pair of <answer> tags.")
+        if problem.grader == "choice":
+            letter, options = read_letter(answer, len(problem.choices)), dict(zip(LETTERS, problem.choices))
+            if letter is None:
+                return Grade(False, answer, "The tags must hold the letter of one option and nothing else.")
+            wrong = f"{letter} is {options[letter]!r}; the right option, {problem.gold}, is {options[problem.gold]!r}."
+            return Grade(letter == problem.gold, letter, "" if letter == problem.gold else wrong)
         if problem.grader == "number":
-            value = read_number(answer)
-            right = value is not None and abs(value - read_number(problem.gold)) <= problem.tolerance
+            value, gold = read_number(answer), read_number(problem.gold)
+            right = value is not None and abs(value - gold) <= problem.tolerance + 1e-9 * abs(gold)  # 0.4 is 0.3 + 0.1
             return Grade(right, answer, "" if value is not None else "The tags must hold one number, no other digit.")
         said, gold = " ".join(answer.split()), " ".join(problem.gold.split())
         return Grade(gold.casefold() in said.casefold() if problem.grader == "contains" else gold == said, answer)
 
     def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
-        return edit_messages("a model that answers questions and ends with <answer> tags", instructions, summary)
+        """See `edit_messages`."""
+        return edit_messages("a model that answers questions, by a letter if it has options", instructions, summary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1177,11 +988,11 @@ def load_task(name: str, path: str | Path | None = None):
     >>> load_task("mini").domains("train")[:2]
     ['train000', 'train001']
     """
-    tasks = {"mini": Mini, "bird": Bird, "mmlu": Choice, "jsonl": Jsonl}
+    tasks = {"mini": Mini, "bird": Bird, "mmlu": Questions, "jsonl": Questions}
     if name not in tasks:
         raise ValueError(f"No task {name!r}; choose {', '.join(tasks)}, or pass an object of your own to evolve().")
     if name == "mini":
         return Mini()
     if path is None and name != "mmlu":
-        raise ValueError(f"The task {name!r} needs --data: " + (BIRD_REMEDY if name == "bird" else "a JSONL file") + ".")
-    return tasks[name](path)
+        raise ValueError(f"Task {name!r} needs --data: " + (BIRD_REMEDY if name == "bird" else "a JSONL file") + ".")
+    return Bird(path) if name == "bird" else Questions(name, path)

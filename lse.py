@@ -154,6 +154,7 @@ class LocalModel:
         rows = sorted(set(prompts)) if greedy else sorted(prompts * n)
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
         options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0}
+        options["remove_invalid_values"] = True  # a NaN among the logits must not end the process (on a GPU it would)
         options |= {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         pending = self._batches(rows, max_new_tokens)[::-1]
         while pending:
@@ -306,7 +307,7 @@ class RemoteModel:
                         said = str(response.json())
             message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
             named = [name for name in ("max_tokens", "temperature", "top_p", "top_k") if name in sent and name in said]
-            if named and status == 400:
+            if named and status in (400, 422):
                 self._refused.add(named[0])
                 warnings.warn(f"{self.model} turns down {named[0]}, so it is left out ({message})", stacklevel=2)
             elif 400 <= status < 500 and status not in (408, 409, 425, 429):

@@ -43,7 +43,7 @@ def main(rounds: int) -> None:
     distinct = [(path, f"{gold.rstrip().rstrip(';')} -- {i}", gold) for path, gold in golds for i in range(8)]
 
     def cold(jobs):
-        data._gold_result.cache_clear()
+        data.gold_result.cache_clear()
         return [grade.correct for grade in data.match_many(jobs)]
 
     def warm(jobs):

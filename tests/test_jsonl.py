@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from data import Answer, Grade, Jsonl
+from data import Answer, Grade, Questions
 
 
-def task_of(folder: Path, *records: dict, grader: str | None = None) -> Jsonl:
+def task_of(folder: Path, *records: dict) -> Questions:
     path = folder / "own.jsonl"
     path.write_text("\n".join(json.dumps({"question": "Q?", **record}) for record in records), encoding="utf-8")
-    return Jsonl(path, grader)
+    return Questions("jsonl", path)
 
 
 def verdict(folder: Path, record: dict, said: str) -> bool:
@@ -43,25 +43,22 @@ def test_contains(tmp_path: Path, gold: str, said: str, correct: bool):
 @pytest.mark.parametrize(
     "gold, tolerance, said, correct",
     [
-        # whole numbers: exactly, in any notation
+        # exactly, in any notation
         (42, None, "42", True), (42, None, "42.0", True), (42, None, "+42 apples", True), (42, None, "43", False),
         (42, None, "42.0000001", False), (1234567, None, "1,234,567", True), (5000, None, "5e3", True),
-        (10**18 + 1, None, "1000000000000000001", True), (10**18 + 1, None, "1000000000000000002", False),
-        (-3, None, "-3", True), (-3, None, "−3", True), (-3, None, "3", False), ("$1,000", None, "1000", True),
-        # other numbers: to five digits
-        (0.333333, None, "1/3", True), (0.33, None, "1/3", False), (3.14159265, None, "3.1416", True),
-        (3.14159265, None, "3.1415", False), (-0.5, None, "0.5", False), (0.5, None, "1/2", True),
-        (6.626e-34, None, "6.626e-34", True), (6.626e-34, None, "0", False),
-        # a tolerance of one's own is absolute and its edge belongs to it
+        (-3, None, "-3", True), (-3, None, "−3", True), (-3, None, "- 3", True), (-3, None, "3", False),
+        ("$1,000", None, "1000", True), (0.3, None, "1/3", False), (-0.5, None, "0.5", False), (0.5, None, "1/2", True),
+        (6.626e-34, None, "6.626e-34", True), (6.626e-34, None, "0", False), (0, None, "0", True),
+        # a tolerance is absolute and its edge belongs to it
+        (0.333, 0.001, "1/3", True), (3.1416, 1e-4, "3.14159265", True), (3.1416, 1e-4, "3.1414", False),
         (0.3, 0.1, "0.4", True), (0.3, 0.1, "0.2", True), (0.3, 0.1, "0.41", False), (100, 5, "95", True),
-        (100, 5, "94.9", False), (0.5, 0, "0.5", True), (0.5, 0, "0.5000001", False), (10, "0.5", "10.5", True),
+        (100, 5, "94.9", False), (0.5, 0, "0.5", True), (0.5, 0, "0.5000001", False),
         # not one number
-        (3, None, "3 or 4", False), (3, None, "between 2 and 3", False), (3, None, "three", False),
-        (3, None, "", False), (1, None, "1/0", False), (3, None, "1.2.3", False), (1, None, "1_000", False),
-        (10, None, "10²", False), (5, None, "5½", False), (5, None, "5e9999", False),
-        (5, None, "5" + " " * 1000 + "6", False), (5, None, "5" + "0" * 500, False),
+        (3, None, "3 or 4", False), (3, None, "three", False), (3, None, "", False), (1, None, "1/0", False),
+        (3, None, "1.2.3", False), (1, None, "1_000", False), (10, None, "10²", False), (5, None, "5½", False),
+        (5, None, "5e9999", False), (5, None, "5" + " " * 1000 + "6", False), (5, None, "5" + "0" * 500, False),
         (1, None, "1 000", False), (1234, None, "1,23,4", False), (0, None, "NaN", False), (1, None, "inf", False),
-        (3, None, "٣", False), (0.75, None, "1.5/2", False),
+        (3, None, "٣", False),
     ],
 )  # fmt: skip
 def test_number(tmp_path: Path, gold: object, tolerance: object, said: str, correct: bool):
@@ -79,7 +76,7 @@ def test_choice_takes_the_text_the_letter_or_the_number(tmp_path: Path, answer: 
 
 def test_choices_that_are_numbers(tmp_path: Path):
     assert verdict(tmp_path, {"choices": [10, 20, 30], "answer": 20}, "B") is True
-    with pytest.raises(ValueError, match="expected one of the 3 choices, its letter or its number from 0, found 1"):
+    with pytest.raises(ValueError, match="expected the letter, the number from 0 or the text of one of .*, found 1"):
         task_of(tmp_path, {"choices": [0, 2, 1], "answer": 1})  # the second or the third?
 
 
@@ -88,8 +85,6 @@ def test_the_grader_follows_from_the_line_unless_it_says_so(tmp_path: Path):
     lines += [{"answer": "1", "grader": "number"}]
     kinds = [problem.grader for problem in task_of(tmp_path, *lines).problems("own")]
     assert kinds == ["exact", "number", "choice", "number"]
-    kinds = [problem.grader for problem in task_of(tmp_path, *lines, grader="contains").problems("own")]
-    assert kinds == ["contains", "contains", "choice", "number"]
 
 
 def test_only_the_last_closed_tags_count(tmp_path: Path):
@@ -110,14 +105,14 @@ def test_domains_ids_and_splits(tmp_path: Path):
     assert task.domains("train") == ["d0", "d1", "d2", "d3", "d4"] and task.domains("test") == ["d5", "own"]
     assert [problem.id for problem in task.problems("d3") + task.problems("own")] == ["3", "own-7"]
     assert task_of(tmp_path, {"answer": "x"}).domains("train") == task_of(tmp_path, {"answer": "x"}).domains("test")
-    with pytest.raises(ValueError, match="expected one of the domains d0, .*, found 'd9'"):
+    with pytest.raises(ValueError, match="no domain 'd9': choose d0, d1, "):
         task.problems("d9")
 
 
 def test_a_folder_of_files_is_one_task(tmp_path: Path):
     for name in ("algebra", "botany"):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "?", "answer": 1}')
-    task = Jsonl(tmp_path)
+    task = Questions("jsonl", tmp_path)
     assert task.domains("all") == ["algebra", "botany"] and task.problems("botany")[0].id == "botany-1"
 
 
@@ -133,27 +128,26 @@ def test_the_chats_say_what_the_tags_must_hold(tmp_path: Path):
 
 
 MISTAKES = [
-    ('{"question": "Q?"}', r"line 1: expected a filled field answer, found \['question'\]"),
-    ('{"answer": "x"}', r"line 1: expected a filled field question, found \['answer'\]"),
-    ('{"question": "Q?", "answer": " "}', "line 1: expected a filled field answer"),
-    ('{"question": "Q?", "answer": ["x"]}', r"line 1: expected text or a number as the answer, found \['x'\]"),
-    ('{"question": "Q?", "answer": true}', "line 1: expected text or a number as the answer, found True"),
+    ('{"question": "Q?"}', r"line 1: expected question, answer and any list of choices \(KeyError.'answer'\)"),
+    ('{"answer": "x"}', r"line 1: expected .*KeyError.'question'.*, found {'answer': 'x'}"),
+    ('{"question": "Q?", "answer": " "}', r"line 1: expected .*KeyError.'answer'"),
+    ('{"question": "Q?", "answer": ["x"]}', r"line 1: expected one of .*, found \('number', \['x'\], 0\)"),
+    ('{"question": "Q?", "answer": true}', r"line 1: expected one of .*, found \('number', True, 0\)"),
     ('{"question": "Q?", "answer": "x", "grader": "fuzzy"}',
-     "line 1: expected one of the graders exact, number, choice, contains, found 'fuzzy'"),
-    ('{"question": "Q?", "answer": "x", "grader": ["exact"]}', r"expected one of the graders .*found \['exact'\]"),
-    ('{"question": "Q?", "answer": "ten", "grader": "number"}', "expected one number as the answer, found 'ten'"),
-    ('{"question": "Q?", "answer": NaN}', "line 1: expected one number as the answer, found nan"),
-    ('{"question": "Q?", "answer": 1, "tolerance": -0.1}', "line 1: expected a tolerance of 0 or more, found -0.1"),
-    ('{"question": "Q?", "answer": 1, "tolerance": null}', "line 1: expected a tolerance of 0 or more, found None"),
-    ('{"question": "Q?", "answer": "C", "choices": ["a", "b"]}', "expected one of the 2 choices, .* found 'C'"),
-    ('{"question": "Q?", "answer": "A", "choices": ["a"]}', r"expected a list of 2 to 26 choices, found \['a'\]"),
-    ('{"question": "Q?", "answer": "A", "choices": "ab"}', "expected a list of 2 to 26 choices, found 'ab'"),
-    ('{"question": "Q?", "answer": "A", "grader": "choice"}', "line 1: expected one of the 0 choices"),
-    ('{"question": "Q?", "answer": "x", "id": 1}\n\n{"question": "Q?", "answer": "y", "id": "1"}',
-     r"line 3: expected an id other than that of .*own.jsonl, line 1, found '1'"),
-    ('{"question": "Q?", "answer": "x"}\n{oops', "line 2: expected a JSON object .* found '{oops .*column 2"),
-    ('"Q?"', r"line 1: expected a JSON object \{...\}, found 'Q\?'"),
-    ("", "expected at least one record, found ''"),
+     r"line 1: expected one of \['choice', 'exact', 'number', 'contains'\], .*, found \('fuzzy', 'x', 0\)"),
+    ('{"question": "Q?", "answer": "x", "grader": ["exact"]}', r"expected one of .*found \(\['exact'\]"),
+    ('{"question": "Q?", "answer": "ten", "grader": "number"}', "an answer like it, .*, found .'number', 'ten', 0"),
+    ('{"question": "Q?", "answer": NaN}', "an answer like it, .*, found .'number', nan, 0"),
+    ('{"question": "Q?", "answer": 1, "tolerance": -0.1}', "line 1: .*tolerance from 0, found .*-0.1"),
+    ('{"question": "Q?", "answer": 1, "tolerance": "1%"}', "line 1: .*tolerance from 0, found .*'1%'"),
+    ('{"question": "Q?", "answer": "C", "choices": ["a", "b"]}', "text of one of .'a', 'b'., found 'C'"),
+    ('{"question": "Q?", "answer": "A", "choices": "ab"}', "expected question, answer and any list of choices"),
+    ('{"question": "Q?", "answer": "A", "grader": "choice"}', r"text of one of \(\), found 'A'"),
+    ('{"question": "Q?", "answer": "x", "id": 1}\n{"question": "Q?", "answer": "y", "id": "1"}',
+     r"line 2: expected one file for own and every id once in it, found '1'"),
+    ('{"question": "Q?", "answer": "x"}\n{oops', "line 2: expected .*column 2.*, found b'{oops"),
+    ('"Q?"', "line 1: expected .* found 'Q.'"),
+    ("", "line 1: expected .*, found b''"),
 ]  # fmt: skip
 
 
@@ -161,11 +155,12 @@ MISTAKES = [
 def test_a_mistake_is_named_with_file_line_and_value(tmp_path: Path, text: str, sentence: str):
     (tmp_path / "own.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=sentence) as error:
-        Jsonl(tmp_path / "own.jsonl")
+        Questions("jsonl", tmp_path / "own.jsonl")
     assert str(tmp_path / "own.jsonl") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_file_says_what_is_needed(tmp_path: Path):
-    for path in (None, tmp_path, tmp_path / "missing.jsonl"):
-        with pytest.raises(FileNotFoundError, match='--data must be a file of {"question": ..., "answer": ...} lines'):
-            Jsonl(path)
+    with pytest.raises(FileNotFoundError, match="holds no usable question in .jsonl or .csv files"):
+        Questions("jsonl", tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing.jsonl"):
+        Questions("jsonl", tmp_path / "missing.jsonl")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from fractions import Fraction
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import (
-    LETTERS, Choice, Jsonl, OwnProblem, Problem, choice_letter, extract_tag, gold_letter, read_letter, read_number,
-)  # fmt: skip
+from data import LETTERS, Question, Questions, choice_letter, extract_tag, gold_letter, read_letter, read_number
 
-settings.register_profile("here", deadline=None)
+settings.register_profile("here", deadline=None, max_examples=60)
 settings.load_profile("here")
 
 # Every character there is, lone surrogates (Cs) included, mixed with the pieces that matter.
@@ -115,23 +113,22 @@ def test_read_number_reads_the_only_digits_there_are(text: str):
     number = read_number(text)
     if number is None:
         return
-    assert isinstance(number, Fraction)
+    assert math.isfinite(number)
     groups = re.findall(r"[0-9]+", text)
     assert groups and all(c in "0123456789" for c in text if c.isnumeric())  # no other digit was passed over
     if len(groups) == 1 and "." not in text:
-        assert abs(number) == int(groups[0])
+        assert abs(number) == float(groups[0])
 
 
 @given(st.integers(-(10**30), 10**30), st.sampled_from(["{}", "= {}", "${}", "{} km", "{}.", "about {}", "**{}**"]))
 def test_read_number_round_trips_integers(value: int, form: str):
-    assert read_number(form.format(value)) == value
-    assert read_number(form.format(f"{value:,}")) == value
+    assert read_number(form.format(value)) == read_number(form.format(f"{value:,}")) == float(value)
     assert read_number(form.format(value) + " or 1") is None
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_read_number_round_trips_floats(value: float):
-    assert float(read_number(repr(value))) == value
+    assert read_number(repr(value)) == value
 
 
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(CHARACTERS), st.lists(st.integers())))
@@ -145,11 +142,11 @@ def test_gold_letters_never_raise(value: object):
 
 @given(TEXTS)
 def test_grading_never_raises_and_is_right_only_for_the_gold_answer(text: str):
-    problem = Problem("1", "Q?", "B", choices=("w", "x", "y", "z"))
-    grade = Choice.grade(None, problem, text)
+    problem = Question("1", "Q?", "B", choices=("w", "x", "y", "z"))
+    grade = Questions.grade(None, problem, text)
     assert grade.correct == (read_letter(extract_tag(text, "answer") or "", 4) == "B")
     assert grade.correct or grade.feedback and "\n" not in grade.feedback
     said = extract_tag(text, "answer") or ""
     for kind, gold, right in (("exact", "B", said == "B"), ("contains", "B", "b" in said.lower()),
                               ("number", "12", read_number(said) == 12)):  # fmt: skip
-        assert Jsonl.grade(None, OwnProblem("1", "Q?", gold, grader=kind), text).correct == right
+        assert Questions.grade(None, Question("1", "Q?", gold, grader=kind), text).correct == right

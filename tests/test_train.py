@@ -1,0 +1,497 @@
+"""`python train.py` from end to end, and that what it calls learning is learning."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import tiny
+import torch
+from tiny import SETTINGS, flags, log_lines, small_world
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import data
+import evolve
+import train
+from lse import EvolutionTree, LocalModel, MasterAdamW, Sample, logprobs
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.random_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def small(monkeypatch, base):
+    """run(out, **settings): train in the tiny world."""
+    small_world(monkeypatch.setattr)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return lambda out, **settings: train.main(train.Config(**SETTINGS | dict(model=str(base), out=str(out)) | settings))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*args) -> (exit code or message, all it printed): `python train.py ARGS` without a new interpreter."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*args) -> tuple[int | str | None, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        code = None
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a user would
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`python train.py`, shortened: its folder and what it said."""
+    out = tmp_path_factory.mktemp("user") / "runs" / "first"
+    args = flags(patience=0.01, steps=3, states=4, group=2, rounds=2, grow_rounds=2, out=out)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *args], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_leaves_what_the_design_promises(run):
+    out, said = run
+    names = {"config.json", "log.jsonl", "trees", "editor", "base", "results.json", "report.html"}
+    assert {path.name for path in out.iterdir()} == names | {"checkpoint-000002.pt", "checkpoint-000003.pt"}
+    results = json.loads((out / "results.json").read_text())
+    assert {"untrained", "trained", "seconds", "config"} <= set(results)
+    for editor in ("untrained", "trained"):
+        assert 0 <= results[editor]["test_accuracy"] <= 1 and results[editor]["domains"] == 32
+        assert results[editor]["stderr"] >= 0
+    assert set(results["seconds"]) == {"warm_up", "rl", "evaluation"} and min(results["seconds"].values()) > 0
+    assert results["config"] == json.loads((out / "config.json").read_text())
+    assert len(list((out / "trees").glob("test*.json"))) == 32
+    assert "test000" in (out / "report.html").read_text()
+    for words in ("1. Warm-up", "start states", "an edit for", "untrained editor", "seed instructions", f"in {out}:"):
+        assert words in said, words
+
+
+def test_a_log_line_says_everything(run):
+    lines = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["lr"] for line in lines] == pytest.approx([4e-4, 4e-4 * 2 / 3, 4e-4 / 3])
+    for line in lines:
+        assert {"reward", "positive", "valid"} <= set(line) and not line["skipped"]
+        assert set(line["seconds"]) == {"sample", "score", "learn"}
+        assert 0 < line["entropy"] < math.log(100) and line["grad_norm"] >= 0 and line["max_ratio_drift"] < 1e-3
+        assert 0 < line["tokens"] <= 4 * 2 * 40 and line["truncated"] <= 8 and line["zero_variance"] <= 4
+
+
+def test_the_editor_that_is_saved_is_the_one_that_was_trained(run):
+    """editor/ loads as any checkpoint does, equals the last checkpoint's weights, and is not the base."""
+    out, _ = run
+    editor, base = (evolve.load_model(out / name).model for name in ("editor", "base"))
+    checkpoint = torch.load(out / "checkpoint-000003.pt", weights_only=True)
+    for weight, master in zip(editor.parameters(), checkpoint["optimizer"]["masters"], strict=True):
+        assert torch.equal(weight, master)
+    moved = [not torch.equal(a, b) for a, b in zip(editor.parameters(), base.parameters())]
+    assert all(moved)
+    vocabularies = [AutoTokenizer.from_pretrained(out / name).get_vocab() for name in ("editor", "base")]
+    assert vocabularies[0] == vocabularies[1]
+
+
+def test_the_command_line(command):
+    """Every field's help is there, an unknown flag is an error, and so is a word that is none of the choices."""
+    code, said = command("--help")
+    text = " ".join(said.split())
+    assert code == 0 and "python train.py --advantage grpo" in text
+    for field in fields(train.Config):
+        assert f"--{field.name}" in text, field.name
+        assert " ".join(field.metadata["help"].split()) in text, field.name
+    for args in (["--steeps", "3"], ["--advantage", "ppo"], ["--steps", "many"], ["stray"]):
+        assert command(*args) == (2, "")
+
+
+def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(small, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        small(tmp_path / name, seed=seed)
+    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b") != log_lines(tmp_path / "c")
+    assert tiny.end_state(tmp_path / "a") == tiny.end_state(tmp_path / "b")
+
+
+def test_before_and_after_are_the_base_and_the_editor_on_unseen_domains(small, base, tmp_path):
+    """The results come again when the two saved models evolve the test domains; the trees are the trained editor's."""
+    results = small(tmp_path / "run", lr=0.03)
+    task, s = data.Mini(), train.Config(**results["config"])
+    solver, editor = evolve.load_model(base), evolve.load_model(tmp_path / "run/editor")
+    for name, model in (("untrained", solver), ("trained", editor)):
+        again, trees = train.evaluate(task, solver, model, s, "")
+        assert again == results[name]
+        saved = {file.stem: EvolutionTree.load(file).nodes for file in (tmp_path / "run/trees").glob("*.json")}
+        assert ({d: tree.nodes for d, tree in trees.items()} == saved) == (name == "trained")
+        assert set(trees) == set(task.domains("test"))
+
+
+def test_threads_and_batch_size_change_no_greedy_answer(base):
+    """On a model with weights large enough that its answers differ."""
+    task, answers = data.Mini(2, 0, 0), []
+    asked = [(i, p) for domain in task.domains("train") for i, p in enumerate(task.problems(domain)[:9])]
+    chats = [task.solve_chat("profit c1 " * i, problem) for i, problem in asked]
+    for threads, tokens in ((1, 65536), (2, 65536), (1, 100), (2, 1)):
+        torch.set_num_threads(threads)
+        model = evolve.load_model(base, tokens)
+        for parameter in model.model.parameters():
+            parameter.data *= 20
+        rows = model.sample(chats, temperature=0, max_new_tokens=12)
+        answers.append([tuple(sample.ids.tolist()) for row in rows for sample in row])
+    torch.set_num_threads(1)
+    assert answers[0] == answers[1] == answers[2] == answers[3] and len(set(answers[0])) > 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Echo:
+    """A solver that answers with its instructions."""
+
+    def sample(self, chats, n=1, **_):
+        return [[Sample(chat[0]["content"], None, None, False)] * n for chat in chats]
+
+
+class Columns:
+    """A rigged task: instructions are worth the share of their first 8 words that are columns. Any edit is valid."""
+
+    name, seed_instructions = "columns", ""
+
+    def problems(self, domain):
+        return [data.Problem(str(i), "", "", domain, split) for split in ("pool", "holdout") for i in range(8)]
+
+    def solve_chat(self, instructions, problem):
+        return [{"role": "user", "content": instructions}]
+
+    def edit_chat(self, instructions, summary):
+        return [{"role": "user", "content": f"edit {instructions}"}]
+
+    def read_edit(self, text):
+        return text
+
+    def grade(self, problem, response):
+        return data.Grade((response.split() + ["-"] * 8)[int(problem.id)] in data.COLUMNS, response)
+
+
+def learned(sign: int, monkeypatch, steps: int = 25) -> tuple[float, float]:
+    """Mean reward of the first and of the last step on the rigged task."""
+    monkeypatch.setattr(train, "advantages", lambda *args: sign * ADVANTAGES(*args))
+    torch.manual_seed(0)
+    tokenizer = data.mini_tokenizer()
+    editor = LocalModel(train.tiny_qwen3(tokenizer, 16), tokenizer)
+    s = evolve.with_presets(train.Config(steps=steps, states=8, group=8, lr=0.02, editor_tokens=8), train.TRAIN_PRESETS)
+    pool = [{"domain": "d", "instructions": "", "score": 0.0, "seed": 0, "potential": 1.0}]
+    optimizer = MasterAdamW(editor.model, lr=s.lr)
+    rewards = [train.train_step(Columns(), Echo(), editor, optimizer, pool, s, i)[0]["reward"] for i in range(steps)]
+    return fmean(rewards[:2]), fmean(rewards[-2:])
+
+
+ADVANTAGES = train.advantages
+
+
+def test_a_policy_learns_and_with_the_sign_flipped_it_unlearns(monkeypatch):
+    """25 steps of 64 edits: from 9% (8 of 85 words) to most words; with −A instead of A, to none."""
+    first, last = learned(+1, monkeypatch)
+    assert first < 0.15 and last > 0.5
+    first, last = learned(-1, monkeypatch)
+    assert 0.05 < first < 0.15 and last < 0.03
+
+
+def test_states_with_more_to_gain_are_drawn_more_often(monkeypatch):
+    """In proportion to potential + 0.1: of 2,000 draws from (0, 0.1, 0.7), shares of 0.1, 0.2 and 0.7 (s.d. 0.01)."""
+    class Drawn(Exception):
+        pass
+
+    def rollout(task, solver, editor, states, s, step):
+        raise Drawn([state["potential"] for state in states])
+
+    monkeypatch.setattr(train, "rollout", rollout)
+    pool = [{"potential": potential} for potential in (0.0, 0.1, 0.7)]
+    optimizer = MasterAdamW(torch.nn.Linear(1, 1), lr=1.0)
+    with pytest.raises(Drawn) as drawn:
+        train.train_step(None, None, None, optimizer, pool, train.Config(states=2000, steps=1, lr=1.0), 0)
+    shares = [drawn.value.args[0].count(state["potential"]) / 2000 for state in pool]
+    assert shares == pytest.approx([0.1, 0.2, 0.7], abs=0.05)
+
+
+class Scribe:
+    """An editor whose edits say which chat they answer: "state i edit j", or nothing readable where i + j is 3."""
+
+    def sample(self, chats, n=1, **_):
+        def say(chat, j):
+            i = int(chat[0]["content"].split()[-1])
+            text = "?" if i + j == 3 else f"state {i} edit {j}"
+            return Sample(text, torch.tensor([i, j]), torch.tensor([i]), False)
+
+        return [[say(chat, j) for j in range(n)] for chat in chats]
+
+
+class Numbers(Columns):
+    """The edit "state i edit j" is worth (2i + j) / 8; instructions "state i" nothing."""
+
+    def read_edit(self, text):
+        return None if text == "?" else text
+
+    def grade(self, problem, response):
+        words = response.split()
+        return data.Grade(len(words) == 4 and int(problem.id) < 2 * int(words[1]) + int(words[3]), response)
+
+
+def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
+    """The reward tells the state and the edit, so a transposed or sorted batch shows; invalid edits shift nothing."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    s = evolve.with_presets(train.Config(group=3), train.TRAIN_PRESETS)
+    states = [{"domain": "d", "instructions": f"state {i}", "score": i / 8, "seed": 0} for i in (2, 0, 3, 1)]
+    batch = train.rollout(Numbers(), Echo(), Scribe(), states, s, step=0)
+    for row, i in enumerate((2, 0, 3, 1)):
+        assert batch["before"][row] == i / 8
+        for j in range(3):
+            sample, valid = batch["samples"][row][j], i + j != 3
+            assert sample.ids.tolist() == [i, j] and sample.prompt_ids.tolist() == [i]
+            assert bool(batch["valid"][row, j]) == valid
+            assert batch["edits"][row][j] == (f"state {i} edit {j}" if valid else None)
+            assert batch["after"][row, j].item() == pytest.approx((2 * i + j) / 8 if valid else math.nan, nan_ok=True)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_step_follows_the_gradient_of_its_own_samples(micro_batch, checkpointing):
+    """`learn` sorts by length and splits into micro-batches: its gradient is that of the naive loop as given."""
+    torch.manual_seed(1)
+    tokenizer = data.mini_tokenizer()
+    editor = LocalModel(train.tiny_qwen3(tokenizer, 16), tokenizer)
+    ids, captured = lambda n: torch.randint(5, 80, (n,)), []
+    shapes = ((9, (2, 5)), (3, (4, 1)), (12, (3, 3)), (5, (1, 6)))  # tokens of the prompt, of its two responses
+    groups = [(ids(n), [ids(m) for m in lengths]) for n, lengths in shapes]
+    weights = torch.tensor([[1.0, -2.0], [0.5, 0.0], [-1.0, 3.0], [2.0, -0.5]])
+    n_tokens = sum(len(r) for _, responses in groups for r in responses)
+    loss = sum(-(a * logprobs(editor.model, prompt, [r])[0]).sum() / n_tokens
+               for (prompt, responses), row in zip(groups, weights) for r, a in zip(responses, row))
+    loss.backward()
+    naive = torch.cat([p.grad.flatten() for p in editor.model.parameters()])
+    editor.model.zero_grad()
+
+    class Capture:
+        params = list(editor.model.parameters())
+
+        def step(self):
+            captured.append(torch.cat([p.grad.flatten() for p in self.params]))
+            return 1.0
+
+    if checkpointing:
+        editor.model.gradient_checkpointing_enable()
+    s = train.Config(micro_batch=micro_batch, gradient_checkpointing=checkpointing)
+    samples = [[Sample("", response, prompt, False) for response in responses] for prompt, responses in groups]
+    report = train.learn(editor, {"samples": samples}, weights, n_tokens, s, Capture())
+    assert torch.allclose(captured[0], naive, atol=1e-6)
+    assert report["max_ratio_drift"] < 1e-4 and report["entropy"] == pytest.approx(math.log(85), rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(small, monkeypatch, tmp_path, capsys):
+    """NaN in two steps: weights and moments stay, the log says so with strict JSON, the run goes on."""
+    real, steps = train.policy_loss, []
+
+    def loss(*args):
+        steps.append(1)
+        return real(*args) * {2: math.nan, 3: math.inf}.get(len(steps), 1)
+
+    monkeypatch.setattr(train, "policy_loss", loss)
+    results = small(tmp_path / "run")
+    lines = log_lines(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [False, True, True, False] and results["skipped_steps"] == 2
+    assert lines[1]["grad_norm"] is None and not re.search("NaN|Inf", (tmp_path / "run/log.jsonl").read_text())
+    said = capsys.readouterr().out
+    assert said.count("SKIPPED") == 2 and "2 steps were skipped" in said
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_three_skipped_steps_in_a_row_stop_with_advice(small, monkeypatch, tmp_path, checkpoint):
+    """Logits that turn NaN, as a learning rate beyond all bounds makes them: sampling survives, learning refuses."""
+    if checkpoint:
+        real = train.train_step
+
+        def step(task, solver, editor, optimizer, pool, s, i):
+            if i == 1:
+                with torch.no_grad():
+                    optimizer.params[0].fill_(math.nan)
+            return real(task, solver, editor, optimizer, pool, s, i)
+
+        monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(SystemExit, match="Three steps in a row had no finite gradient: .*lower --lr"):
+        small(tmp_path / "run", lr=1e-3 if checkpoint else 1e38, steps=9, grow_every=0)
+    assert [line["skipped"] for line in log_lines(tmp_path / "run")] == [False, True, True, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Early failure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_calls(monkeypatch):
+    def sample(*_, **__):
+        raise AssertionError("a model was called")
+
+    monkeypatch.setattr(LocalModel, "sample", sample)
+
+
+def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeypatch, tmp_path, capsys):
+    """Its plan is what the run then does, to the last answer, when every edit is valid."""
+    monkeypatch.setattr(data.Mini, "read_edit", lambda self, text: text or "-")
+    real, counts = LocalModel.sample, []
+    monkeypatch.setattr(LocalModel, "sample", lambda *_, **__: pytest.fail("a model was called"))
+    assert small(tmp_path / "run", dry_run=True) is None and not (tmp_path / "run").exists()
+    plan = capsys.readouterr().out
+    answers, edits = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:answers|edits)", plan))
+
+    def sample(self, chats, n=1, max_new_tokens=512, **options):
+        counts.append((max_new_tokens, n * len(chats)))
+        return real(self, chats, n, max_new_tokens, **options)
+
+    monkeypatch.setattr(LocalModel, "sample", sample)
+    small(tmp_path / "run")
+    assert answers == sum(n for tokens, n in counts if tokens == SETTINGS["solver_tokens"])
+    assert edits == sum(n for tokens, n in counts if tokens == SETTINGS["editor_tokens"])
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (dict(states=0), "must be 1 or more"), (dict(test=0), "must be 1 or more"), (dict(k=0), "--k"),
+    (dict(states=3, processes=2), "--states 3 cannot be shared by 2 processes"),
+    (dict(editor_tokens=1900, solver_tokens=200), "reads 2048 tokens"),
+    (dict(free=100), "GB for checkpoints"), (dict(nan=True), "not finite"),
+    (dict(model="/no/where"), "No model can be loaded from /no/where"),
+    (dict(task="bird"), "needs --data"), (dict(task="mmlu", data="/no/where"), "/no/where does not exist"),
+    (dict(task="jsonl", data=__file__, model=""), "needs --model"), (dict(task="chess"), "No task 'chess'"),
+])  # fmt: skip
+def test_what_cannot_work_fails_at_once(small, monkeypatch, no_calls, base, tmp_path, settings, sentence):
+    out = tmp_path / "run"
+    if processes := settings.pop("processes", None):
+        model = evolve.load_model(base)
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        s = evolve.with_presets(train.Config(**SETTINGS | settings), train.TRAIN_PRESETS)
+        with pytest.raises(ValueError, match=sentence):
+            train.check(data.Mini(), model, s, out, ["train000"], ["test000"])
+        return
+    if free := settings.pop("free", None):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, free))
+    if settings.pop("nan", None):
+        model = evolve.load_model(base)
+        model.model.model.norm.weight.data[0] = math.inf
+        train.save_model(model, tmp_path / "odd")
+        settings = {"model": str(tmp_path / "odd")}
+    if settings.get("task") == "jsonl":
+        settings["data"] = str(tmp_path / "own.jsonl")
+        (tmp_path / "own.jsonl").write_text('{"question": "1+1?", "answer": 2}\n')
+    with pytest.raises((SystemExit, ValueError, OSError), match=f"(?s){sentence}"):  # __main__ makes one of all three
+        small(out, **settings)
+    assert not out.exists()
+
+
+def test_too_few_problems_is_an_error_with_the_numbers_or_left_out(small, no_calls, tmp_path, capsys):
+    """One of the domains is small: named with its size, before a model is called; --skip-small goes without it."""
+    sizes = {"a": 12, "b": 12, "c": 3, "d": 12, "e": 12, "f": 12}
+    lines = [{"question": f"{d}{i}?", "answer": "c", "domain": d} for d, size in sizes.items() for i in range(size)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = dict(task="jsonl", data=str(tmp_path / "own.jsonl"), dry_run=True)
+    with pytest.raises(ValueError, match=r"1 of 4 train domains are too small \(--skip-small.* c has 3 problems"):
+        small(tmp_path / "run", **settings)
+    small(tmp_path / "run", skip_small=True, **settings)
+    assert "Plan:" in capsys.readouterr().out
+
+
+def test_wrong_paths_end_in_a_sentence_not_in_a_traceback(command, base, tmp_path):
+    """As the shell sees it: a message, which is exit code 1, and no traceback."""
+    for args, sentence in (
+        (["--task", "mmlu", "--data", tmp_path / "none", "--model", base], "train.py: --data .*none does not exist"),
+        (["--task", "bird", "--model", base], "train.py: Task 'bird' needs --data"),
+        (["--model", tmp_path], "No model can be loaded from"),
+        (["--model", base, "--out", base / "config.json" / "x"], "cannot be written"),
+    ):
+        code, _ = command(*args)
+        assert isinstance(code, str) and re.search(sentence, code) and "\n" not in code.strip(), code
+
+
+def test_a_model_without_a_chat_template_is_refused(small, no_calls, base, tmp_path):
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="no chat template"):
+        small(tmp_path / "run", model=str(bare))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real tasks without a GPU: a rehearsal
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_base(tmp_path_factory):
+    """A small random Qwen3 with the real tokenizer."""
+    if not (SHARED / "tokenizer/qwen3").exists():
+        pytest.skip("needs ../shared")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizer/qwen3")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, tie_word_embeddings=True, max_position_embeddings=32768,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("real") / "base"
+    train.save_model(LocalModel(Qwen3ForCausalLM(config), tokenizer), folder)
+    return folder
+
+
+# By hand, without these: `python train.py --task bird --data ../shared/data/bird --model DIR --steps 2`, one minute.
+SHORTER = dict(steps=2, rounds=1, grow_rounds=1, holdout=2, test=2, solver_tokens=6, editor_tokens=12)
+
+
+@pytest.mark.parametrize("task, folder, domain", [
+    ("bird", "bird", "video_games"), ("mmlu", "mmlu_redux", "public_relations"),
+])  # fmt: skip
+def test_a_rehearsal_of_a_real_task_runs_through(command, real_base, tmp_path, task, folder, domain):
+    """Real data, real tokenizer, random weights: everything runs, nothing is learned, and it says so plainly."""
+    out = tmp_path / "run"
+    code, said = command(*flags(task=task, data=SHARED / folder, model=real_base, out=out, **SHORTER))
+    assert code is None, code
+    assert "No GPU here: a rehearsal with small numbers." in said
+    assert "So its edits are invalid or worth nothing" in said and domain in said
+    results = json.loads((out / "results.json").read_text())
+    assert results["trained"]["test_accuracy"] == results["untrained"]["test_accuracy"] == 0.0
+    assert [line["valid"] for line in log_lines(out)] == [0.0, 0.0]
+    assert evolve.load_model(out / "editor").model.config.vocab_size > 150_000
