@@ -1,7 +1,7 @@
 """Run `python evolve.py ...` as a process of its own, without paying for the import of torch and transformers again.
 
 A fork server (a process that has imported evolve.py's modules and does nothing) forks a child for each command; the
-child executes evolve.py from its first line as `__main__`. What it prints goes to a file.
+child executes evolve.py, or another script, from its first line as `__main__`. What it prints goes to a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import huggingface_hub
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def in_child(args: list[str], folder: str, env: dict[str, str], rename: int) -> None:
+def in_child(script: str, args: list[str], folder: str, env: dict[str, str], rename: int) -> None:
     """What the child does; `rename` > 0 kills it, as a power cut would, just before it renames its n-th file."""
     log = os.open(os.path.join(folder, "output.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -37,9 +37,9 @@ def in_child(args: list[str], folder: str, env: dict[str, str], rename: int) -> 
 
     os.replace = replace_or_die
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
-    sys.argv, sys.stdout = ["evolve.py", *args], open(1, "w", encoding="utf-8", closefd=False)
+    sys.argv, sys.stdout = [script, *args], open(1, "w", encoding="utf-8", closefd=False)
     try:
-        runpy.run_path(str(ROOT / "evolve.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
         sys.stdout.flush()
 
@@ -47,12 +47,13 @@ def in_child(args: list[str], folder: str, env: dict[str, str], rename: int) -> 
 class Command:
     """A running `python evolve.py`, in `folder`."""
 
-    def __init__(self, args: list[object], folder: Path, env: Mapping[str, str] = {}, rename: int = 0) -> None:
+    def __init__(self, args: list[object], folder: Path, env: Mapping[str, str] = {}, rename: int = 0,
+                 script: str = "evolve.py") -> None:
         self.folder = folder
         fork = multiprocessing.get_context("forkserver")
         os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the preloading
         fork.set_forkserver_preload(["evolve", "cli", "pytest"])  # pytest: what the children's parent runs
-        self.process = fork.Process(target=in_child, args=([*map(str, args)], str(folder), dict(env), rename))
+        self.process = fork.Process(target=in_child, args=(script, [*map(str, args)], str(folder), dict(env), rename))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> tuple[int, str]:
@@ -65,5 +66,6 @@ class Command:
         return (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
 
 
-def run(args: list[object], folder: Path, env: Mapping[str, str] = {}, rename: int = 0) -> tuple[int, str]:
-    return Command(args, folder, env, rename).wait()
+def run(args: list[object], folder: Path, env: Mapping[str, str] = {}, rename: int = 0,
+        script: str = "evolve.py") -> tuple[int, str]:
+    return Command(args, folder, env, rename, script).wait()

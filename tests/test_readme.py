@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import cli
 import pytest
 import torch
 from server import serve
@@ -19,20 +23,30 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-            for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+# Commands in blocks, and those within a sentence; "..." stands for what has been said before.
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL).replace("\n", " ")
+COMMANDS += [f"python {one.replace('...', '').strip()}" for one in re.findall(r"`(?:python )?([\w/]+\.py --[^`]*)`", PROSE)]
 PARSERS = {"train.py": (train.Config, train.__doc__), "evolve.py": (evolve.Config, evolve.__doc__)}
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A folder with runs/mini/base and runs/mini/editor: tiny random models."""
+    """A folder with what the commands name: tiny random models in runs/mini and runs/bird, two databases in BIRD's form."""
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = data.mini_tokenizer()
     for seed, role in enumerate(("base", "editor")):
         torch.manual_seed(seed)
         for part in (train.tiny_qwen3(tokenizer), tokenizer):
             part.save_pretrained(folder / "runs" / "mini" / role)
+    shutil.copytree(folder / "runs" / "mini" / "editor", folder / "runs" / "bird" / "editor")
+    for db in ("shop", "zoo"):
+        (folder / "bird" / "dev_databases" / db).mkdir(parents=True)
+        with closing(sqlite3.connect(folder / "bird" / "dev_databases" / db / f"{db}.sqlite")) as base, base:
+            base.execute("CREATE TABLE item (id, price)")
+    questions = [{"db_id": db, "question": f"{i}?", "SQL": f"SELECT {i}"} for db in ("shop", "zoo") for i in range(9)]
+    (folder / "bird" / "dev.json").write_text(json.dumps(questions))
     return folder
 
 
@@ -48,6 +62,27 @@ def test_every_command_of_the_readme_is_one_that_the_scripts_take(command: str, 
         evolve.command_line(*PARSERS[words[1]])  # SystemExit on an unknown flag or value
     else:
         assert words[1] == "-m" or (ROOT / words[1]).exists()
+
+
+SHORT = ["--rounds", "1", "--k", "2", "--holdout", "2", "--solver-tokens", "3", "--editor-tokens", "9"]
+SHORTER = {"train.py": ["--steps", "1", "--states", "2", "--grow-rounds", "1", "--test", "2",
+                        "--patience", "0.005", "--max-prompt-tokens", "1900"],
+           "evolve.py": ["--domains", "1", "--max-prompt-tokens", "1900"]}
+PLACES = {"BIRD_DIR": "bird", "Qwen/Qwen3-4B-Instruct-2507": "runs/mini/base", "RUN/base": "runs/mini/base",
+          "RUN/editor": "runs/mini/editor"}
+# "python train.py" alone runs in test_train.py, and the command with problems of one's own below.
+RUNNABLE = [one for one in COMMANDS if one.split()[1] in SHORTER and one != "python train.py" and "jsonl" not in one]
+
+
+@pytest.mark.parametrize("number", range(len(RUNNABLE)), ids=RUNNABLE)
+def test_every_command_of_the_readme_runs(number: int, run_folder: Path) -> None:
+    """With a shortened budget, and small things of the same kind in the place of downloads. The last flag wins."""
+    _, script, *words = shlex.split(RUNNABLE[number])
+    places = [PLACES.get(word, word) for word in words]
+    out = f"run-{number}"
+    code, said = cli.run([*places, *SHORT, *SHORTER[script], "--out", out], run_folder, script=script)
+    assert code == 0 and (run_folder / out / "config.json").exists(), said
+    assert "Saved in" in said
 
 
 def test_every_flag_named_anywhere_is_a_field_of_a_config() -> None:
