@@ -387,7 +387,7 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 
 # The browser brings dark on light or light on dark, as the reader prefers; every colour here is readable on both, and
 # has a number, a sign or a link beside it for the colour-blind. One column, so that it fits a phone.
-# circle: from dark blue for the page's lowest score (--share: 0%) to yellow for the highest, lighter all the way: it works
+# circle: from dark blue for the page's lowest score (--share: 0%) to yellow for the highest, lighter all the way: works
 # in grey as well. .way: the edges to the best node. .run: a line of the chart, in the colour .c0 to .c4 (the sixth run
 # begins again). .dots: its dots, which are the round ends of lines without length.
 CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:56rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;
@@ -477,16 +477,15 @@ def chart_svg(runs: dict[str, Any], low: float, high: float) -> str:
     """
     rounds = max(1, *(len(tree.nodes) - 1 for tree in runs.values()))
     out = f'<text x="50" y="215">round 0</text><text x="350" y="215" text-anchor="end">round {rounds}</text>'
-    for i in range(5):  # the axis is also the key to the colours of the trees
-        level, y = low + i / 4 * (high - low), 190 - 45 * i
+    for i, y in enumerate((190, 145, 100, 55, 10)):  # the axis is also the key to the colours of the trees
         out += (f'<path d="M50 {y}H350"/><circle cx="8" cy="{y}" r="6" style="--share:{25 * i}%"/>'
-                f'<text x="18" y="{y + 4}">{level:.2f}</text>')
+                f'<text x="18" y="{y + 4}">{low + i / 4 * (high - low):.2f}</text>')
 
     def at(i: int, score: float) -> str:
         return f"{50 + 300 * i / rounds:.1f} {190 - 180 * (score - low) / (high - low):.1f}"
 
     for k, tree in enumerate(runs.values()):
-        scores = [node.score for node in tree.nodes]
+        scores = [node.score for node in tree.nodes]  # None, an invalid edit, never raises the best so far
         line = " ".join(at(i, max(score or 0.0 for score in scores[: i + 1])) for i in range(len(scores)))
         dots = "".join(f"M{at(i, score)}h0" for i, score in enumerate(scores) if score is not None)
         out += f'<a class="run c{k % 5}" href="#t{k}"><path d="M{line}"/><path class="dots" d="{dots}"/></a>'
@@ -518,8 +517,8 @@ def node_html(tree: Any, node: Any, name: str) -> str:
     seen = f"<h3>Summary the editor saw: {right} of {len(node.summary)} problems right</h3>" if node.summary else ""
     for one in node.summary:
         mark = ("✓" if one["correct"] else "✗") + " (cut off)" * one["truncated"]
-        # A model in a loop fills pages.
-        facts = "".join(f"{key}<pre>{esc(one[key][:4000])}</pre>" for key in ("answer", "gold", "feedback", "response"))
+        facts = "".join(f"{key}<pre>{esc(one[key][:4000])}</pre>"  # a model in a loop fills pages
+                        for key in ("answer", "gold", "feedback", "response") if one[key])
         seen += f"<details><summary>{mark} {esc(one['question'])}</summary>{facts}</details>"
     return f"""<details><summary><b>#{node.id}</b> {origin} · {fate(tree, node)} · visits {node.visits}</summary>
 <div id="{name}-{node.id}">{changed}<h3>In full</h3><pre>{esc(node.instructions)}</pre>{seen}</div></details>"""
