@@ -387,14 +387,15 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 
 # The browser brings dark on light or light on dark, as the reader prefers; every colour here is readable on both, and
 # has a number, a sign or a link beside it for the colour-blind. One column, so that it fits a phone.
-# .way: the edges to the best node; .run: a line of the chart, in the colour .c0 to .c4 (the sixth run begins again).
+# circle: from dark blue for the page's lowest score (--share: 0%) to yellow for the highest, lighter all the way: works
+# in grey as well. .way: the edges to the best node. .run: a line of the chart, in the colour .c0 to .c4 (the sixth run
+# begins again). .dots: its dots, which are the round ends of lines without length.
 CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:56rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;
 overflow-wrap:anywhere}h2{margin-top:3rem}figure{margin:0;overflow-x:auto}text{fill:currentColor;font-size:13px}
-path{fill:none;stroke:#888}circle{stroke:currentColor}.way{stroke:currentColor;stroke-width:4}
-.run path{stroke:currentColor;stroke-width:2.5}.run circle{fill:currentColor}.c0{color:#0072b2}.c1{color:#d55e00}
-.c2{color:#009e73}.c3{color:#cc79a7}.c4{color:#888}ins{background:#0072b255}del{background:#d55e0055}
-pre{background:#8882;padding:.6rem;margin:.2rem 0;white-space:pre-wrap}summary{cursor:pointer}
-details{border-bottom:1px solid #8888;padding:.3rem 0}details details{margin-left:1rem}"""
+circle{stroke:currentColor;fill:color-mix(in srgb,#ffea46 var(--share),#00205a)}path{fill:none;stroke:#888}
+.way,.run path{stroke:currentColor;stroke-width:3}.run .dots{stroke-width:8;stroke-linecap:round}.c0{color:#0072b2}
+.c1{color:#d55e00}.c2{color:#009e73}.c3{color:#cc79a7}.c4{color:#888}ins{background:#0072b255}del{background:#d55e0055}
+pre{background:#8882;margin:0;padding:.6rem;white-space:pre-wrap}summary{cursor:pointer}details{margin:.6rem}"""
 
 
 def clean(text: str) -> str:
@@ -413,15 +414,12 @@ def esc(value: object) -> str:
     return html.escape(clean(str(value)))
 
 
-def lineages(tree: Any) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-    """The ids from the seed down to each node, the tree depth first with children by age; and those to the best node.
-
-    A lineage ends in its node, and its length is the node's depth, the seed's being 1.
-    """
-    found: list[tuple[int, ...]] = []
+def outline(tree: Any) -> list[tuple[Any, int, bool]]:
+    """The tree depth first, children by age: each node, its depth (1 for the seed), if it leads to the best node."""
+    paths: list[tuple[int, ...]] = []  # per node the ids from the seed down to it: sorted, they are depth first
     for node in tree.nodes:
-        found.append((*found[node.parent], node.id) if node.id else (0,))
-    return sorted(found), found[tree.best().id]
+        paths.append((*paths[node.parent], node.id) if node.id else (0,))
+    return [(tree.nodes[path[-1]], len(path), path[-1] in paths[tree.best().id]) for path in sorted(paths)]
 
 
 def fate(tree: Any, node: Any) -> str:
@@ -445,69 +443,52 @@ def tree_text(tree: Any) -> str:
       *     2  0.750 (+0.250) ★ best  visits 0
         x   3  ✗ invalid  visits 0  no tags
     """
-    (paths, way), rows = lineages(tree), []
-    for path in paths:
-        node = tree.nodes[path[-1]]
-        mark = "x" if node.score is None else "*" if node.id in way else "o"
-        branch = ("  " * (len(path) - 1) + mark).ljust(2 * max(map(len, paths)))
+    rows, lines = outline(tree), []
+    for node, depth, way in rows:
+        sign = "x" if node.score is None else "*" if way else "o"
+        branch = ("  " * (depth - 1) + sign).ljust(2 * max(depth for _, depth, _ in rows))
         note = " ".join(clean(node.note).split())[:60]  # may quote what a model wrote: one short line of it
-        rows.append(f"{branch}{node.id:>3}  {fate(tree, node)}  visits {node.visits}  {note}".rstrip())
-    return "\n".join(rows)
+        lines.append(f"{branch}{node.id:>3}  {fate(tree, node)}  visits {node.visits}  {note}".rstrip())
+    return "\n".join(lines)
 
 
-def share(score: float, span: tuple[float, float]) -> float:
-    """Where a score lies between the lowest (0) and the highest (1) of the page, which are `span`."""
-    return (score - span[0]) / (span[1] - span[0] or 1)  # or 1: all scores are the same
-
-
-def colour(score: float, span: tuple[float, float]) -> str:
-    """From dark blue for the lowest score to yellow for the highest, lighter all the way: it works in grey as well."""
-    return f"color-mix(in srgb, #ffea46 {share(score, span):.0%}, #00205a)"
-
-
-def tree_svg(tree: Any, name: str, span: tuple[float, float]) -> str:
+def tree_svg(tree: Any, name: str, low: float, high: float) -> str:
     """`tree_text` as a picture: score as colour and number, the way to the best node thick, invalid edits hollow.
 
     Every node is a link to its details, whose ids are "{name}-{id of the node}". Units are pixels: the picture is not
     shrunk to a narrow window, where nobody could read it, but scrolled.
     """
-    (paths, way), row, edges, dots = lineages(tree), {}, ["", ""], ""  # edges: all others, and those of the way
-    for path in paths:
-        node, x = tree.nodes[path[-1]], 14 * len(path)
-        y = row[node.id] = 26 * len(row) + 14
+    at, edges, dots = {}, ["", ""], ""  # edges: all others, and those of the way
+    for node, depth, way in outline(tree):
+        x, y = at[node.id] = 14 * depth, 26 * len(at) + 14
         if node.id:  # down from the parent, then right
-            edges[node.id in way] += f"M{x - 14} {row[node.parent]}V{y}H{x}"
-        fill = "Canvas" if node.score is None else colour(node.score, span)
-        dots += (f'<a href="#{name}-{node.id}"><circle cx="{x}" cy="{y}" r="8" fill="{fill}"/>'
+            edges[way] += "M{} {}V{}H{}".format(*at[node.parent], y, x)
+        style = "fill:Canvas" if node.score is None else f"--share:{(node.score - low) / (high - low):.0%}"
+        dots += (f'<a href="#{name}-{node.id}"><circle cx="{x}" cy="{y}" r="8" style="{style}"/>'
                  f'<text x="{x + 14}" y="{y + 5}">#{node.id} · {fate(tree, node)}</text></a>')
-    return (f'<svg width="{14 * max(map(len, paths)) + 230}" height="{26 * len(row)}" role="img" aria-label="tree">'
+    return (f'<svg width="{max(at.values())[0] + 230}" height="{26 * len(at)}" role="img" aria-label="tree">'
             f'<path d="{edges[0]}"/><path class="way" d="{edges[1]}"/>{dots}</svg>')
 
 
-def chart_svg(runs: dict[str, Any], span: tuple[float, float]) -> str:
-    """Holdout score over the rounds: per run a stepped line for the best so far, a dot for each round's own edit.
+def chart_svg(runs: dict[str, Any], low: float, high: float) -> str:
+    """Holdout score over the rounds: per run a line for the best so far, a dot for each round's own edit.
 
     x runs from 50 to 350 over the rounds, y from 190 up to 10 over the scores. A line is a link to its run.
     """
     rounds = max(1, *(len(tree.nodes) - 1 for tree in runs.values()))
     out = f'<text x="50" y="215">round 0</text><text x="350" y="215" text-anchor="end">round {rounds}</text>'
+    for i, y in enumerate((190, 145, 100, 55, 10)):  # the axis is also the key to the colours of the trees
+        out += (f'<path d="M50 {y}H350"/><circle cx="8" cy="{y}" r="6" style="--share:{25 * i}%"/>'
+                f'<text x="18" y="{y + 4}">{low + i / 4 * (high - low):.2f}</text>')
 
-    def y(score: float) -> float:
-        return round(190 - 180 * share(score, span), 1)
+    def at(i: int, score: float) -> str:
+        return f"{50 + 300 * i / rounds:.1f} {190 - 180 * (score - low) / (high - low):.1f}"
 
-    for i in range(5):  # the axis is also the key to the colours of the trees
-        level = span[0] + i / 4 * (span[1] - span[0])
-        out += (f'<path d="M50 {y(level)}H350"/><circle cx="8" cy="{y(level)}" r="6" fill="{colour(level, span)}"/>'
-                f'<text x="18" y="{y(level) + 4}">{level:.2f}</text>')
     for k, tree in enumerate(runs.values()):
-        best, line, dots = tree.nodes[0].score, "", ""
-        for node in tree.nodes:
-            x = round(50 + 300 * node.id / rounds, 1)
-            best = max(best, node.score or 0.0)
-            line += f"H{x}V{y(best)}" if node.id else f"M{x} {y(best)}"
-            if node.score is not None:
-                dots += f'<circle cx="{x}" cy="{y(node.score)}" r="3"/>'
-        out += f'<a class="run c{k % 5}" href="#t{k}"><path d="{line}"/>{dots}</a>'
+        scores = [node.score for node in tree.nodes]  # None, an invalid edit, never raises the best so far
+        line = " ".join(at(i, max(score or 0.0 for score in scores[: i + 1])) for i in range(len(scores)))
+        dots = "".join(f"M{at(i, score)}h0" for i, score in enumerate(scores) if score is not None)
+        out += f'<a class="run c{k % 5}" href="#t{k}"><path d="M{line}"/><path class="dots" d="{dots}"/></a>'
     return f'<svg viewBox="0 0 360 220" style="max-width:34rem" role="img" aria-label="runs">{out}</svg>'
 
 
@@ -518,11 +499,9 @@ def diff(old: str, new: str) -> str:
     'Be brief.<del> Be kind.</del><ins> Be exact.</ins>'
     """
     a, b = (re.split(r"(?<=[.:;!?\n])", text) for text in (old, new))  # loses nothing: it splits between characters
-    out = ""
-    for kind, i, j, k, m in SequenceMatcher(None, a, b).get_opcodes():
-        was, now = esc("".join(a[i:j])), esc("".join(b[k:m]))
-        out += was if kind == "equal" else f"<del>{was}</del><ins>{now}</ins>"
-    return out
+    steps = [(kind, esc("".join(a[i:j])), esc("".join(b[k:m])))
+             for kind, i, j, k, m in SequenceMatcher(None, a, b).get_opcodes()]
+    return "".join(was if kind == "equal" else f"<del>{was}</del><ins>{now}</ins>" for kind, was, now in steps)
 
 
 def node_html(tree: Any, node: Any, name: str) -> str:
@@ -531,21 +510,18 @@ def node_html(tree: Any, node: Any, name: str) -> str:
     The id is inside the fold, so that a link to it makes the browser open it.
     """
     origin = f"from #{node.parent}" if node.id else "seed"
-    out = (f"<details><summary><b>#{node.id}</b> {origin} · {fate(tree, node)} · visits {node.visits}</summary>"
-           f'<div id="{name}-{node.id}">')
-    if node.score is None:
-        out += f"<p>Invalid edit: {esc(node.note)}. What the editor wrote is below.</p>"
-    elif node.id:
-        out += f"<h3>Changed {origin}</h3><pre>{diff(tree.nodes[node.parent].instructions, node.instructions)}</pre>"
+    changed = (f"<p>Invalid edit: {esc(node.note)}. What the editor wrote is below.</p>" if node.score is None else
+               f"<h3>Changed {origin}</h3><pre>{diff(tree.nodes[node.parent].instructions, node.instructions)}</pre>"
+               if node.id else "")
     right = sum(one["correct"] for one in node.summary)
-    out += f"<h3>In full</h3><pre>{esc(node.instructions)}</pre>"
-    out += f"<h3>Summary the editor saw: {right} of {len(node.summary)} problems right</h3>" if node.summary else ""
+    seen = f"<h3>Summary the editor saw: {right} of {len(node.summary)} problems right</h3>" if node.summary else ""
     for one in node.summary:
-        mark = ("✓" if one["correct"] else "✗") + (" (cut off)" if one["truncated"] else "")
-        said = [key for key in ("answer", "gold", "feedback", "response") if one[key]]
-        facts = "".join(f"{key}<pre>{esc(one[key][:4000])}</pre>" for key in said)  # a model in a loop fills pages
-        out += f"<details><summary>{mark} {esc(one['question'])}</summary>{facts}</details>"
-    return out + "</div></details>"
+        mark = ("✓" if one["correct"] else "✗") + " (cut off)" * one["truncated"]
+        facts = "".join(f"{key}<pre>{esc(one[key][:4000])}</pre>"  # a model in a loop fills pages
+                        for key in ("answer", "gold", "feedback", "response") if one[key])
+        seen += f"<details><summary>{mark} {esc(one['question'])}</summary>{facts}</details>"
+    return f"""<details><summary><b>#{node.id}</b> {origin} · {fate(tree, node)} · visits {node.visits}</summary>
+<div id="{name}-{node.id}">{changed}<h3>In full</h3><pre>{esc(node.instructions)}</pre>{seen}</div></details>"""
 
 
 def write_report(path: str | Path, runs: dict[str, Any], title: str = "Learning to self-evolve") -> None:
@@ -555,18 +531,18 @@ def write_report(path: str | Path, runs: dict[str, Any], title: str = "Learning 
     in its head still forbids the browser to run or fetch anything.
     """
     scores = [node.score for tree in runs.values() for node in tree.nodes if node.score is not None]
-    span, legend, body = (min(scores), max(scores)), "", ""
+    low, high, legend, body = min(scores), max(scores) + 1e-9, "", ""  # 1e-9: all scores may be the same
     for k, (label, tree) in enumerate(runs.items()):
         seed, best, invalid = tree.nodes[0].score, tree.best(), sum(node.score is None for node in tree.nodes)
         headline = f"{esc(label)}: {seed:.3f} → {best.score:.3f}, {invalid} of {len(tree.nodes) - 1} edits invalid"
         legend += f'<br/><b class="c{k % 5}">━●━</b> <a href="#t{k}">{headline}</a>'
         nodes = "".join(node_html(tree, node, f"t{k}") for node in tree.nodes)
-        body += f"""<h2 id="t{k}">{headline}</h2><figure>{tree_svg(tree, f"t{k}", span)}</figure>
+        body += f"""<h2 id="t{k}">{headline}</h2><figure>{tree_svg(tree, f"t{k}", low, high)}</figure>
 <h3>Best instructions (#{best.id})</h3><pre>{esc(best.instructions)}</pre><h3>All nodes</h3>{nodes}"""
     Path(path).write_text(f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
-<title>{esc(title)}</title><style>{CSS}</style></head><body><h1>{esc(title)}</h1>{chart_svg(runs, span)}
+<title>{esc(title)}</title><style>{CSS}</style></head><body><h1>{esc(title)}</h1>{chart_svg(runs, low, high)}
 <p>Line: best so far. Dot: each round's own edit. The holdout guided the search: trust the test split.{legend}</p>
 {body}</body></html>""", encoding="utf-8")
 

@@ -182,13 +182,13 @@ def test_scores_changes_and_the_best_node(tmp_path: Path) -> None:
     """Numbers stand beside every colour; invalid edits have none; the way to the best is thick."""
     _, root = page(tmp_path, {"ucb": STEPS})
     figure = root.find(".//figure/svg")
-    rows = {link.get("href"): (text_of(link), link.find("circle").get("fill")) for link in figure.findall("a")}
+    rows = {link.get("href"): (text_of(link), link.find("circle").get("style")) for link in figure.findall("a")}
     assert [rows[f"#t0-{i}"][0] for i in range(9)] == [
         "#0 · 0.250", "#1 · 0.500 (+0.250)", "#2 · 0.625 (+0.125)", "#3 · 0.125 (-0.500)", "#4 · 0.500 (-0.125)",
         "#5 · ✗ invalid", "#6 · 0.750 (+0.125) ★ best", "#7 · 0.375 (-0.125)", "#8 · 0.750 (+0.000)"]
     fills = [rows[f"#t0-{i}"][1] for i in range(9)]
-    assert fills[3] == "color-mix(in srgb, #ffea46 0%, #00205a)" and "#ffea46 20%" in fills[0]  # 0.125 is the lowest
-    assert fills[6] == fills[8] == "color-mix(in srgb, #ffea46 100%, #00205a)" and fills[5] == "Canvas"
+    assert fills[3] == "--share:0%" and fills[0] == "--share:20%"  # 0.125 is the lowest
+    assert fills[6] == fills[8] == "--share:100%" and fills[5] == "fill:Canvas"
     at = {i: (float(link.find("circle").get("cx")), float(link.find("circle").get("cy")))
           for link in figure.findall("a") for i in [int(link.get("href").split("-")[1])]}
     ways, others = [], []
@@ -213,13 +213,15 @@ def test_the_chart_holds_every_round(tmp_path: Path) -> None:
     _, root = page(tmp_path, {"ucb": STEPS, "chain": tree([], [0.5])})
     run, other = root.findall("body/svg/a")
     assert (run.get("href"), other.get("href")) == ("#t0", "#t1") and run.get("class") != other.get("class")
-    assert len(run.findall("circle")) == 8, "the invalid edit has no dot"
-    dots = {i: float(dot.get("cy")) for i, dot in zip([0, 1, 2, 3, 4, 6, 7, 8], run.findall("circle"))}
-    height = dict(zip((node.score for node in STEPS.nodes), (dots.get(i) for i in range(9))))
+    line, dots = ([tuple(map(float, point)) for point in re.findall(r"([\d.]+) ([\d.]+)", path.get("d"))]
+                  for path in run.findall("path"))
+    xs = [x for x, _ in line]
+    assert xs == sorted(set(xs)) and (xs[0], xs[-1]) == (50, 350)
+    assert [x for x, _ in dots] == xs[:5] + xs[6:], "the invalid edit has no dot"
+    height = dict(zip((0.25, 0.5, 0.625, 0.125, 0.5, 0.75, 0.375, 0.75), (y for _, y in dots)))
     assert height[0.75] < height[0.625] < height[0.5] < height[0.25] < height[0.125]
     assert height[0.25] - height[0.5] == pytest.approx(height[0.5] - height[0.75], abs=0.11)
-    levels = [float(level) for level in re.findall(r"(?:V|M\S+ )([\d.]+)", run.find("path").get("d"))]
-    assert levels == [height[s] for s in (0.25, 0.5, 0.625, 0.625, 0.625, 0.625, 0.75, 0.75, 0.75)]
+    assert [y for _, y in line] == [height[s] for s in (0.25, 0.5, 0.625, 0.625, 0.625, 0.625, 0.75, 0.75, 0.75)]
     assert [text.text for text in root.findall("body/svg/text")] == [
         "round 0", "round 8", "0.12", "0.28", "0.44", "0.59", "0.75"]
 
