@@ -27,7 +27,8 @@ def run(out: Path, *flags: str) -> dict:
     if not (out / "results.json").exists():
         command = [sys.executable, "train.py", "--out", str(out), "--overwrite", *flags]
         with open(f"{out}.log", "w") as log:
-            subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=True)
     return json.loads((out / "results.json").read_text())
 
 
@@ -66,7 +67,8 @@ def reward(base: Path) -> None:
     torch.manual_seed(0)
     batch = train.rollout(task, solver, editor, random.Random(0).sample(pool, min(240, len(pool))), s, step=0)
     delta, before = train.delta_reward(batch["after"], batch["before"][:, None], batch["valid"]), batch["before"]
-    print("| R̄(c_0) | start states | mean delta | s.d. of delta among the edits of a state | share better |\n|---|---|---|---|---|")
+    print("| R̄(c_0) | start states | mean delta | s.d. of delta among the edits of a state | share better |")
+    print("|---" * 5 + "|")
     for low, high in ((0, 0.01), (0.01, 0.2), (0.2, 0.3), (0.3, 0.45), (0.45, 1.01)):
         rows = delta[(before >= low) & (before < high)]
         if len(rows):
@@ -74,8 +76,9 @@ def reward(base: Path) -> None:
                   f"{(rows > 0).float().mean():.0%} |")
     total, x = pvariance(delta.flatten().tolist()), before - before.mean()
     line = (x[:, None] * delta).mean() / (x * x).mean() * x
-    print(f"\nVariance of the delta {total:.4f}, of which R̄(c_0) explains by a line {pvariance(line.tolist()) / total:.0%}, "
-          f"the start state {pvariance(delta.mean(1).tolist()) / total:.0%}. Mean delta {fmean(delta.flatten().tolist()):+.3f}.")
+    by_line, by_state = pvariance(line.tolist()) / total, pvariance(delta.mean(1).tolist()) / total
+    print(f"\nVariance of the delta {total:.4f}, of which R̄(c_0) explains by a line {by_line:.0%}, the start state "
+          f"{by_state:.0%}. Mean delta {fmean(delta.flatten().tolist()):+.3f}.")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 The instructions' *level* is how many of RULES they hold. The solver answers a question rightly iff the level is high
 enough for that question, so R̄ over all questions is `accuracy(level)`. What the editor does with the level it finds in
-the chat, raise or ruin it, depends on the name of the model that is asked for. Every answer depends on nothing but the request: the same run twice, in
-any order or after an interruption, sees the same answers.
+the chat, raise or ruin it, depends on the name of the model that is asked for. Every answer depends on nothing but the
+request: the same run twice, in any order or after an interruption, sees the same answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the README says can be run, runs: its commands (shortened, against local models and servers) and its snippets."""
+"""What the README says can be run, runs: its commands (shortened, with local models and servers) and its snippets."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 # Commands in blocks, and those within a sentence; "..." stands for what has been said before.
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL).replace("\n", " ")
-COMMANDS += [f"python {one.replace('...', '').strip()}" for one in re.findall(r"`(?:python )?([\w/]+\.py --[^`]*)`", PROSE)]
+WITHIN = re.findall(r"`(?:python )?([\w/]+\.py --[^`]*)`", PROSE)
+COMMANDS += [f"python {command.replace('...', '').strip()}" for command in WITHIN]
 PARSERS = {"train.py": (train.Config, train.__doc__), "evolve.py": (evolve.Config, evolve.__doc__)}
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A folder with what the commands name: tiny random models in runs/mini and runs/bird, two databases in BIRD's form."""
+    """A folder with what the commands name: tiny random models in runs/mini and runs/bird, two databases like BIRD's."""
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = data.mini_tokenizer()
     for seed, role in enumerate(("base", "editor")):
@@ -55,7 +56,7 @@ def test_there_are_commands_to_check() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_is_one_that_the_scripts_take(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_readme_is_one_that_the_scripts_take(command: str, monkeypatch) -> None:
     words = shlex.split(command)
     if words[1] in PARSERS:
         monkeypatch.setattr(sys, "argv", words[1:])
