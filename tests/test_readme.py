@@ -34,7 +34,7 @@ PARSERS = {"train.py": (train.Config, train.__doc__), "evolve.py": (evolve.Confi
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A folder with what the commands name: tiny random models in runs/mini and runs/bird, two databases like BIRD's."""
+    """A folder with what the commands name: tiny random models in runs/, and two databases in BIRD's layout."""
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = data.mini_tokenizer()
     for seed, role in enumerate(("base", "editor")):
