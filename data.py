@@ -95,20 +95,21 @@ def extract_tag(text: str, tag: str) -> str | None:
 def need(ok: object, where: object, wanted: str, found: object) -> None:
     """One sentence for the owner of the data, unless `ok`."""
     if not ok:
-        raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
+        raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.") from None
 
 
-def split_names(names: Iterable[str], split: str) -> list[str]:
-    """Domains where the data names no split: of the n sorted names the last n/5, rounded up, are "test".
+def split_names(names: Iterable[str], split: str, test: Iterable[str] = ()) -> list[str]:
+    """The sorted domains of a split. `test` are those that the data itself keeps for testing; where these are none or
+    all of the n names, the last n/5 of them, rounded up, are "test".
 
     >>> [split_names(["law", "anatomy", "virology"], split) for split in ("train", "test")]
     [['anatomy', 'law'], ['virology']]
     >>> split_names(["law"], "train"), split_names(["law"], "test")  # one domain must serve both
     (['law'], ['law'])
     """
-    names = sorted(names)
-    k = len(names) - math.ceil(len(names) / 5)
-    splits = {"train": names[:k] or names, "test": names[k:], "all": names}
+    names, test = sorted(names), sorted(test)
+    test = test if 0 < len(test) < len(names) else names[len(names) - math.ceil(len(names) / 5) :]
+    splits = {"train": [name for name in names if name not in test] or names, "test": test, "all": names}
     need(split in splits, "domains", "the split 'train', 'test' or 'all'", split)
     return splits[split]
 
@@ -744,7 +745,7 @@ def read_letter(text: str, n: int) -> str | None:
     # Only harmless punctuation may stand around the letter: "≠B", "¬B" and "-B" do not say B.
     around = r"""[\s.,:;()\[\]{}*_`'"$]*"""
     found = re.fullmatch(f"{around}([A-Za-z]){around}", text)
-    return found[1].upper() if found and LETTERS.index(found[1].upper()) < n else None
+    return gold_letter(found[1], n) if found else None
 
 
 def read_number(text: str) -> float | None:
@@ -770,8 +771,7 @@ def gold_letter(value: object, n: int) -> str | None:
     ['B', 'B', 'B', 'B', 'B', None, None, None, None, None]
     """
     text = str(value).strip().upper().removesuffix(".0")  # a numeric column with gaps comes back as floats
-    index = int(text) if re.fullmatch("[0-9]{1,2}", text) else LETTERS.find(text) if len(text) == 1 else -1
-    return LETTERS[index] if 0 <= index < n else None
+    return {name: letter for i, letter in enumerate(LETTERS[:n]) for name in (letter, str(i))}.get(text)
 
 
 def choice_letter(record: dict) -> str | None:
@@ -789,13 +789,7 @@ def choice_letter(record: dict) -> str | None:
     if re.sub("[^a-z]", "", str(record.get("error_type")).lower()) == "nocorrectanswer":
         return None
     n = 4 if isinstance(record["choices"], str) else len(record["choices"])  # the raw CSV has the list as text
-    letter = gold_letter(record.get("correct_answer"), 4) or gold_letter(record["answer"], n)
-    return letter if letter and LETTERS.index(letter) < n else None
-
-
-def expected(wanted: str, where: str, found: object) -> ValueError:
-    """The error for the owner of the data: what was looked for, in which file and line, and what is there."""
-    return ValueError(f"{where}: expected {wanted}, found {found!r:.200}.")
+    return gold_letter(gold_letter(record.get("correct_answer"), 4) or record["answer"], n)
 
 
 def read_rows(path: Path) -> Iterable[dict | bytes]:
@@ -822,30 +816,32 @@ def read_records(rows: Iterable[dict | bytes], source: str, table: str) -> Itera
             row = json.loads(row) if isinstance(row, bytes) else row
             filled = {name: value for name, value in row.items() if value is not None and str(value).strip()}
             given = next((name for name in ("answer_letter", "answer_index") if name in filled), "answer")
-            choices = filled.get("choices", filled.get("options", []))
-            choices = list(ast.literal_eval(choices) if isinstance(choices, str) else choices)  # a CSV has it as text
-            fields = {"answer": filled[given], "question": str(filled["question"]).strip(),
-                      "choices": tuple(map(str, choices)), "id": str(filled.get("id", f"{table}-{i}"))}  # fmt: skip
+            choices = filled.get("choices", filled.get("options", ()))
+            # A CSV has the list as text.
+            choices = tuple(map(str, ast.literal_eval(choices) if isinstance(choices, str) else choices))
+            yield {"domain": table, **filled, "choices": choices, "answer": filled[given], "where": where,
+                   "question": str(filled["question"]).strip(), "id": str(filled.get("id", f"{table}-{i}"))}
         except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
-            raise expected(f"question, answer and any list of choices ({error!r:.90})", where, row) from None
-        yield {"domain": table, **filled, **fields, "where": where}
+            need(False, where, f"question, answer and any list of choices ({error!r:.90})", row)
 
 
-def read_folder(source: str) -> dict[str, list[dict]]:
+def read_folder(source: str) -> tuple[list[dict], list[dict]]:
     """The records of a local copy: JSONL, CSV files and folders that `datasets` saved, one per subject, at any depth.
 
-    Folders and files named "test" are the part "test", all others are "train". "validation" and "dev" hold few-shot
-    examples and are left out, hidden files too.
+    Two lists, to train and to test: folders and files named "test" go to the second, all others to the first.
+    "validation" and "dev" hold few-shot examples and are left out, hidden files too.
     """
-    root, parts = Path(source).expanduser().resolve(), {"train": [], "test": []}
+    root, train, test = Path(source).expanduser().resolve(), [], []
+    if not root.exists():
+        raise FileNotFoundError(f"--data {source} does not exist; give a file or folder of questions.")
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
         path = file.parent if file.name == "state.json" else file  # what marks a folder that `datasets` saved
         names = [Path(name).stem for name in path.relative_to(root.parent).parts]
         hidden = names[-1] in ("validation", "dev") or any(name.startswith(".") for name in names[1:])
         if not hidden and (path != file or file.suffix in (".jsonl", ".csv")):
             table = path.parent.name if names[-1] in ("train", "test") else names[-1].removeprefix("mmlu_")
-            parts["test" if "test" in names[1:] else "train"] += read_records(read_rows(path), str(path), table)
-    return parts
+            (test if "test" in names[1:] else train).extend(read_records(read_rows(path), str(path), table))
+    return train, test
 
 
 def from_hub(name: str) -> list[dict]:
@@ -862,17 +858,16 @@ def from_hub(name: str) -> list[dict]:
 
 def choice_problem(record: dict) -> Question | None:
     """A record of MMLU-Redux, SuperGPQA or MMLU-Pro as a problem of at most four options; None if it is dropped."""
-    letter, choices, question = choice_letter(record), record["choices"], record["question"]
-    if not choices or not gold_letter(record["answer"], len(LETTERS)):
-        raise expected("choices, and a letter or a number from 0", record["where"], (record["answer"], choices))
+    letter, answer, choices, where = choice_letter(record), record["answer"], record["choices"], record["where"]
+    need(choices and gold_letter(answer, 26), where, "choices, and a letter or a number from 0", (answer, choices))
     if letter and len(choices) > 4:
         # Seeded by the question, so that the cut is the same everywhere, whatever else is loaded beside it.
-        rng, right = random.Random(ascii(question)), choices[LETTERS.index(letter)]
+        rng, right = random.Random(ascii(record["question"])), choices[LETTERS.index(letter)]
         wrong = [choice for choice in dict.fromkeys(choices) if choice != right]
         choices = rng.sample(wrong, min(3, len(wrong))) + [right]
         rng.shuffle(choices)
         letter = LETTERS[choices.index(right)]
-    return Question(record["id"], question, letter, record["domain"], choices=tuple(choices)) if letter else None
+    return letter and Question(record["id"], record["question"], letter, record["domain"], choices=tuple(choices))
 
 
 def own_problem(record: dict) -> Question:
@@ -884,12 +879,11 @@ def own_problem(record: dict) -> Question:
     where, answer, choices, gold = record["where"], record["answer"], record["choices"], str(record["answer"])
     grader = record.get("grader", "choice" if choices else "exact" if isinstance(answer, str) else "number")
     tolerance, fits = record.get("tolerance", 0), grader != "number" or read_number(gold) is not None
-    if grader not in [*GRADERS] or not fits or not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise expected(f"one of {[*GRADERS]}, an answer like it, tolerance from 0", where, (grader, answer, tolerance))
+    fits = fits and grader in [*GRADERS] and isinstance(tolerance, int | float) and tolerance >= 0
+    need(fits, where, f"one of {[*GRADERS]}, an answer like it, tolerance from 0", (grader, answer, tolerance))
     if grader == "choice":
         letters = {gold_letter(answer, len(choices)), *(a for a, c in zip(LETTERS, choices) if c == gold)} - {None}
-        if len(letters) != 1:
-            raise expected(f"the letter, the number from 0 or the text of one of {choices}", where, answer)
+        need(len(letters) == 1, where, f"the letter, the number from 0 or the text of one of {choices}", answer)
         gold = letters.pop()
     return Question(record["id"], record["question"], gold, record["domain"], "", "", choices, grader, tolerance)
 
@@ -903,8 +897,8 @@ def by_domain(records: list[dict], make: Callable[[dict], Question | None]) -> d
         topic = record.get("subfield" if sizes[record.get("subfield")] >= 100 else "field") or record.get("category")
         name = re.sub(r"\W+", "_", str(topic or record.get("subject") or record["domain"]).lower()).strip("_")
         if problem := make({**record, "domain": name}):
-            if domains.setdefault(name, {}).setdefault(problem.id, problem) is not problem:
-                raise expected(f"one file for {name} and every id once in it", record["where"], problem.id)
+            first = domains.setdefault(name, {}).setdefault(problem.id, problem)
+            need(first is problem, record["where"], f"one file for {name} and every id once in it", problem.id)
     return {name: list(group.values()) for name, group in domains.items()}
 
 
@@ -921,28 +915,19 @@ class Questions:
 
     def __init__(self, name: str, path: str | Path | None = None) -> None:
         self.name, source = name, str(path or SUPERGPQA)
-        hub = source in (SUPERGPQA, MMLU_PRO)
-        if not hub and not Path(source).expanduser().exists():
-            raise FileNotFoundError(f"--data {source} does not exist; give a file or folder of questions.")
-        parts = {"train": from_hub(source), "test": from_hub(REDUX)} if hub else read_folder(source)
-        train, test = (by_domain(parts[p], choice_problem if name == "mmlu" else own_problem) for p in parts)
-        self.groups = {**test, **{d + "_train" * (d in test): problems for d, problems in train.items()}}
-        names = sorted(self.groups)
-        if not names:
+        parts = (from_hub(source), from_hub(REDUX)) if source in (SUPERGPQA, MMLU_PRO) else read_folder(source)
+        train, test = (by_domain(records, choice_problem if name == "mmlu" else own_problem) for records in parts)
+        self.test, self.groups = test, test | {d + "_train" * (d in test): problems for d, problems in train.items()}
+        if not self.groups:
             raise FileNotFoundError(f"{source} holds no usable question in .jsonl or .csv files or saved `datasets`.")
-        held = sorted(test) if train and test else names[len(names) - math.ceil(len(names) / 5) :]
-        self.splits = {"train": [d for d in names if d not in held] or names, "test": held, "all": names}
 
     def domains(self, split: str) -> list[str]:
         """The sorted domains of "train", "test" or "all"."""
-        if split not in self.splits:
-            raise ValueError(f"no split {split!r}: choose {', '.join(self.splits)}")
-        return self.splits[split]
+        return split_names(self.groups, split, self.test)
 
     def problems(self, domain: str) -> list[Question]:
         """The problems of one domain; ValueError names the domains if this is none."""
-        if domain not in self.groups:
-            raise ValueError(f"no domain {domain!r}: choose {', '.join(self.splits['all'])}")
+        need(domain in self.groups, self.name, f"one of the domains {', '.join(sorted(self.groups))}", domain)
         return self.groups[domain]
 
     def solve_chat(self, instructions: str, problem: Question) -> list[dict]:
@@ -988,11 +973,9 @@ def load_task(name: str, path: str | Path | None = None):
     >>> load_task("mini").domains("train")[:2]
     ['train000', 'train001']
     """
-    tasks = {"mini": Mini, "bird": Bird, "mmlu": Questions, "jsonl": Questions}
-    if name not in tasks:
-        raise ValueError(f"No task {name!r}; choose {', '.join(tasks)}, or pass an object of your own to evolve().")
-    if name == "mini":
-        return Mini()
-    if path is None and name != "mmlu":
-        raise ValueError(f"Task {name!r} needs --data: " + (BIRD_REMEDY if name == "bird" else "a JSONL file") + ".")
-    return Bird(path) if name == "bird" else Questions(name, path)
+    remedies = {"mini": "", "bird": BIRD_REMEDY, "mmlu": "", "jsonl": "a JSONL file"}  # where a path must be given
+    if name not in remedies:
+        raise ValueError(f"No task {name!r}; choose {', '.join(remedies)}, or pass an object of your own to evolve().")
+    if remedies[name] and path is None:
+        raise ValueError(f"Task {name!r} needs --data: {remedies[name]}.")
+    return Mini() if name == "mini" else Bird(path) if name == "bird" else Questions(name, path)

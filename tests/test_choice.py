@@ -218,9 +218,9 @@ def test_the_last_fifth_of_the_subjects_is_for_testing(tmp_path: Path, n: int, t
     task = choice(tmp_path)
     assert task.domains("all") == names and task.domains("test") == names[-test:]
     assert task.domains("train") == (names[:-test] if n > 1 else names)
-    with pytest.raises(ValueError, match="no split 'dev'"):
+    with pytest.raises(ValueError, match="expected the split 'train', 'test' or 'all', found 'dev'"):
         task.domains("dev")
-    with pytest.raises(ValueError, match="no domain 'nope': choose s00"):
+    with pytest.raises(ValueError, match="expected one of the domains s00.*, found 'nope'"):
         task.problems("nope")
 
 
