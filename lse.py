@@ -139,14 +139,13 @@ class LocalModel:
         `top_k=0` and `top_p=1` cut nothing off; leave them so when the samples are to be learned from, since
         `logprobs` scores the uncut distribution. Draws come from torch's global generator.
         """
-        prompts = [tuple(self.encode(chat)) for chat in chats]
-        greedy = temperature == 0
+        prompts, greedy = [tuple(self.encode(chat)) for chat in chats], temperature == 0
         # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
         rows = sorted(set(prompts)) if greedy else sorted(prompts * n)
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
         cuts = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0, **cuts}
-        pending, longest = [], 0  # batches of at most max_batch_tokens tokens, padding and new tokens included
+        pending, longest = [], 0  # batches of at most `max_batch_tokens` tokens, padding and new tokens included
         for row in rows:
             longest = max(longest, len(row))
             if not pending or (len(pending[-1]) + 1) * (longest + max_new_tokens) > self.max_batch_tokens:
@@ -269,7 +268,7 @@ class RemoteModel:
             try:
                 reply = get_session().request("POST" if body else "GET", url, json=sent or None, **options)
                 after, said = reply.headers.get("retry-after", ""), reply.text
-                with suppress(ValueError):  # str(json): without JSON's escapes, in which the key might hide
+                with suppress(ValueError):  # as text without JSON's escapes, in which the key might hide
                     said = str(reply.json())
                 if reply.is_success:
                     return self._read(reply.json()) if body else reply.json()["data"][0]["id"]
@@ -294,12 +293,12 @@ class RemoteModel:
         if not reply.get("choices"):
             raise ValueError("a reply without choices:")
         choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text, cut = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
+        text, truncated = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
         with self._lock:
             self.calls += 1
             self.prompt_tokens += usage.get("prompt_tokens") or 0
             self.completion_tokens += usage.get("completion_tokens") or 0
-        return Sample(text.encode("utf-8", "replace").decode(), None, None, cut)  # lone surrogates cannot be saved
+        return Sample(text.encode("utf-8", "replace").decode(), None, None, truncated)  # no lone surrogates
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,9 +539,8 @@ class EvolutionTree:
 
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
-        nodes = self.scored()
+        nodes, log_n = self.scored(), math.log(max(1, self.rounds))
         if rule == "ucb":  # over ALL nodes, not only leaves; before the first round there is nothing to explore yet
-            log_n = math.log(max(1, self.rounds))
             chosen = max(nodes, key=lambda n: (n.score + self.c * math.sqrt(log_n / max(1, n.visits)), n.id))
         elif rule == "chain":
             chosen = nodes[-1]
