@@ -270,7 +270,7 @@ class RemoteModel:
                 after, said = reply.headers.get("retry-after", ""), reply.text
                 with suppress(ValueError):  # as text without JSON's escapes, in which the key might hide
                     said = str(reply.json())
-                if reply.is_success:
+                if not reply.is_error:
                     return self._read(reply.json()) if body else reply.json()["data"][0]["id"]
                 status = reply.status_code
             except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last four: odd JSON
