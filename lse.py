@@ -26,24 +26,19 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import InferenceClient, get_session
+from huggingface_hub import get_session
 from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import hf_raise_for_status
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, DynamicLayer, GenerationConfig
 
 Chat = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G responses' ids, each (T,)
@@ -77,8 +72,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (store[:, :, : layer.keys.shape[2]] for store in self.stores)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         for store, new in zip(self.stores, (key_states, value_states)):
             store[:, :, start:end] = new
         self.keys, self.values = (store[:, :, :end] for store in self.stores)
@@ -95,21 +89,20 @@ class LocalModel:
         self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
         self.calls = self.prompt_tokens = self.completion_tokens = 0  # what a run has cost, as RemoteModel counts it
         ends = model.generation_config.eos_token_id  # an int, a list or None; base models often lack the chat's own end
-        ends = ends if isinstance(ends, list) else [ends]
-        self.eos = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+        self.eos = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
         self.controls = re.compile(f"({'|'.join(map(re.escape, controls[::-1])) or '(?!)'})")  # longest first
 
     def render(self, chat: Chat) -> str:
         """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        template = self.tokenizer.apply_chat_template
         try:
-            return self.tokenizer.apply_chat_template(chat, **options)
+            return template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         except TemplateError:
             if len(chat) < 2 or chat[0]["role"] != "system":
                 raise
             merged = {"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}
-            return self.tokenizer.apply_chat_template([merged, *chat[2:]], **options)
+            return self.render([merged, *chat[2:]])
 
     def encode(self, chat: Chat) -> list[int]:
         """Token ids of a chat up to where the answer begins.
@@ -124,21 +117,19 @@ class LocalModel:
         found = sorted(set(self.controls.findall(contents)))
         if not found:
             return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
-        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in contents)  # a private-use character
-
-        def hide(hit: re.Match) -> str:
-            return f"{mark}{found.index(hit[0])}{mark}"
-
-        safe = [message | {"content": self.controls.sub(hide, message["content"])} for message in chat]
+        # One private-use character that the contents lack stands in for each.
+        marks = dict(zip(found, (c for c in map(chr, range(0xE000, 0xF900)) if c not in contents)))
+        back = str.maketrans({mark: control for control, mark in marks.items()})
+        for message in chat:
+            message["content"] = self.controls.sub(lambda hit: marks[hit[0]], message["content"])
         forged = self.tokenizer.convert_tokens_to_ids(found)  # a vocabulary of whole words cannot spell them: dropped
         ids = []
-        for i, piece in enumerate(self.controls.split(self.render(safe))):  # text, control, text, ..., text
+        for i, piece in enumerate(self.controls.split(self.render(chat))):  # text, control, text, ..., text
             if i % 2:
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             else:
-                text = re.sub(f"{mark}([0-9]+){mark}", lambda stand_in: found[int(stand_in[1])], piece)
-                plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                ids += [token for token in plain if token not in forged]
+                plain = self.tokenizer(piece.translate(back), add_special_tokens=False, split_special_tokens=True)
+                ids += [token for token in plain["input_ids"] if token not in forged]
         return ids
 
     def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
@@ -148,26 +139,25 @@ class LocalModel:
         `top_k=0` and `top_p=1` cut nothing off; leave them so when the samples are to be learned from, since
         `logprobs` scores the uncut distribution. Draws come from torch's global generator.
         """
-        prompts = [tuple(self.encode(chat)) for chat in chats]
-        greedy = temperature == 0
+        prompts, greedy = [tuple(self.encode(chat)) for chat in chats], temperature == 0
         # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
         rows = sorted(set(prompts)) if greedy else sorted(prompts * n)
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
-        options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0}
-        options["remove_invalid_values"] = True  # a NaN among the logits must not end the process (on a GPU it would)
-        options |= {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        pending = self._batches(rows, max_new_tokens)[::-1]
+        cuts = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0, **cuts}
+        pending, longest = [], 0  # batches of at most `max_batch_tokens` tokens, padding and new tokens included
+        for row in rows:
+            longest = max(longest, len(row))
+            if not pending or (len(pending[-1]) + 1) * (longest + max_new_tokens) > self.max_batch_tokens:
+                pending, longest = [*pending, []], len(row)
+            pending[-1].append(row)
         while pending:
-            batch, samples = pending.pop(), None
-            try:
+            batch, samples = pending.pop(0), []
+            with suppress(torch.OutOfMemoryError if len(batch) > 1 else ()):  # one row alone cannot be halved
                 samples = self._generate(batch, options)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-            if samples is None:  # not within `except`, whose traceback still holds the batch's tensors
+            if not samples:  # out of memory; by now no traceback holds the batch's tensors any more
                 torch.cuda.empty_cache()
-                pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
-                continue
+                pending[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             for row, sample in zip(batch, samples):
                 drawn[row].append(sample)
         out = [[drawn[prompt][0]] * n if greedy else [drawn[prompt].pop() for _ in range(n)] for prompt in prompts]
@@ -175,17 +165,6 @@ class LocalModel:
         self.prompt_tokens += n * sum(map(len, prompts))
         self.completion_tokens += sum(len(sample.ids) for row in out for sample in row)
         return out
-
-    def _batches(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> list[list[tuple[int, ...]]]:
-        """Cut sorted rows into batches of at most `max_batch_tokens` tokens, padding and new tokens included."""
-        batches, longest = [], 0
-        for row in rows:
-            longest = max(longest, len(row))
-            if not batches or (len(batches[-1]) + 1) * (longest + max_new_tokens) > self.max_batch_tokens:
-                batches.append([])
-                longest = len(row)
-            batches[-1].append(row)
-        return batches
 
     @torch.no_grad()
     def _generate(self, rows: list[tuple[int, ...]], options: dict) -> list[Sample]:
@@ -195,33 +174,28 @@ class LocalModel:
         later the mask hides it, and positions count real tokens only (behind a sliding window, padding counts as well).
         The last token is left to `generate`, which must start from one.
         """
-        model, device = self.model, self.model.device
-        distinct = sorted(set(rows))
-        index = {prompt: i for i, prompt in enumerate(distinct)}
-        owner = torch.tensor([index[row] for row in rows], device=device)  # (rows,) -> distinct prompt
-        prefix = len(os.path.commonprefix([distinct[0][:-1], distinct[-1][:-1]]))  # sorted: first and last decide
-        rests = [torch.tensor(prompt[prefix:-1], dtype=torch.long) for prompt in distinct]
+        model, distinct = self.model, {prompt: i for i, prompt in enumerate(sorted(set(rows)))}
+        owner = torch.tensor([distinct[row] for row in rows], device=model.device)  # (rows,) -> distinct prompt
+        prefix = len(os.path.commonprefix([min(rows)[:-1], max(rows)[:-1]]))  # in sorted rows, first and last decide
+        gaps = [max(map(len, distinct)) - len(prompt) for prompt in distinct]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (self.eos + [0])[0]
-        rest = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True, padding_value=pad).to(device)  # (distinct, R)
-        lengths = torch.tensor([len(r) for r in rests], device=device)
-        real = torch.arange(rest.shape[1], device=device) < lengths[:, None]
-        common = torch.tensor(distinct[0][:prefix], dtype=torch.long, device=device).expand(len(distinct), prefix)
-        last = torch.tensor([[prompt[-1]] for prompt in distinct], device=device)
-        ids = torch.cat([common, rest, last], 1)
-        mask = torch.cat([torch.ones_like(common), real.long(), torch.ones_like(last)], 1)
+        ids = [[*prompt[:-1], *[pad] * gap, prompt[-1]] for prompt, gap in zip(distinct, gaps)]
+        mask = [[1] * (len(prompt) - 1) + [0] * gap + [1] for prompt, gap in zip(distinct, gaps)]
+        ids, mask = torch.tensor([ids, mask], device=model.device)  # (distinct, L) each
         mode, config = model.training, model.generation_config
         model.eval()  # no dropout, and no gradient checkpointing: that would silently drop the cache
         # A checkpoint's own top_k, penalties or length limits must not leak into the sampling: start from a blank one.
-        model.generation_config = GenerationConfig(eos_token_id=self.eos or None, pad_token_id=pad)
+        # A NaN among the logits must not end the process (on a GPU it would).
+        blank = GenerationConfig(eos_token_id=self.eos or None, pad_token_id=pad, remove_invalid_values=True)
         try:
-            cache = DynamicCache(config=model.config)
+            model.generation_config, cache = blank, DynamicCache(config=model.config)
             if prefix:
-                model(common[:1], past_key_values=cache, logits_to_keep=1)
-                cache.batch_select_indices(torch.zeros_like(lengths))
-            if rest.shape[1]:
-                model(rest, past_key_values=cache, logits_to_keep=1)
-            for i, layer in enumerate(cache.layers if prefix + rest.shape[1] else []):
-                if type(layer) is DynamicLayer:
+                model(ids[:1, :prefix], past_key_values=cache, logits_to_keep=1)
+                cache.batch_repeat_interleave(len(distinct))
+            if prefix < ids.shape[1] - 1:
+                model(ids[:, prefix:-1], past_key_values=cache, logits_to_keep=1)
+            for i, layer in enumerate(cache.layers):
+                if type(layer) is DynamicLayer and layer.is_initialized:
                     cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
                 else:  # a sliding window, say: it stays small by itself
                     layer.batch_select_indices(owner)
@@ -230,14 +204,10 @@ class LocalModel:
             model.generation_config = config
             model.train(mode)
         out = out[:, ids.shape[1] :].cpu()
-        stop = torch.isin(out, torch.tensor(self.eos))
-        ends = torch.where(stop.any(1), stop.int().argmax(1) + 1, out.shape[1])
-        responses = [row[:end] for row, end in zip(out, ends.tolist())]
+        stop = torch.isin(out, torch.tensor(self.eos))  # (rows, T)
+        responses = [row[ended == 0] for row, ended in zip(out, stop.cumsum(1) - stop.long())]  # first EOS included
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [
-            Sample(text, response, torch.tensor(row), not ended)
-            for text, response, row, ended in zip(texts, responses, rows, stop.any(1).tolist())
-        ]
+        return list(map(Sample, texts, responses, map(torch.tensor, rows), (~stop.any(1)).tolist()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,13 +230,11 @@ class RemoteModel:
 
     def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *, timeout: float = 600.0,
                  concurrency: int = 16, retries: int = 5, backoff: float = 1.0, extra: dict | None = None) -> None:
-        # "no-key", because without any key InferenceClient would send this machine's Hugging Face token to the server.
         key = (api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key").strip()
         # The HTTP library would refuse such a key, and quote it; a URL with an @ holds a password.
         if not re.fullmatch("[!-~]+", key) or not re.fullmatch(r"https?://[^\s@]+", base_url):
             raise ValueError("the URL looks like http://host:8000/v1, and the key is one ASCII word in LSE_API_KEY")
         self.base_url = base_url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
-        self._client = InferenceClient(base_url=self.base_url, api_key=key, timeout=timeout)
         self._key, self.timeout, self.concurrency = key, timeout, concurrency
         self.retries, self.backoff, self.extra = retries, backoff, extra or {}
         self.calls = self.prompt_tokens = self.completion_tokens = 0
@@ -285,26 +253,28 @@ class RemoteModel:
             found = list(pool.map(self._ask, [{**body, "messages": chat} for chat in chats for _ in range(n)]))
         return [found[i * n : (i + 1) * n] for i in range(len(chats))]
 
-    def _ask(self, body: dict[str, Any]) -> Any:
+    def _ask(self, body: dict) -> Sample | str:
         """One chat completion, retried: a Sample. For an empty body the name of the first model that the server lists.
 
         GPT-5 turns down a temperature: a setting that a 400 names is left out from then on, with a warning.
         """
         url = f"{self.base_url}/{'chat/completions' if body else 'models'}"
+        options = {"headers": {"Authorization": f"Bearer {self._key}"}, "timeout": self.timeout}
         for attempt in range(self.retries + 1):
             sent = {name: value for name, value in body.items() if name not in self._refused and value is not None}
             if "max_tokens" in self._refused:  # the name that OpenAI's reasoning models insist on
                 sent["max_completion_tokens"] = body["max_tokens"]
+            status, after, said = 0, "", ""  # status 0: no answer, or none that can be read
             try:
-                return self._complete(sent) if body else self._first_model()
+                reply = get_session().request("POST" if body else "GET", url, json=sent or None, **options)
+                after, said = reply.headers.get("retry-after", ""), reply.text
+                with suppress(ValueError):  # as text without JSON's escapes, in which the key might hide
+                    said = str(reply.json())
+                if not reply.is_error:
+                    return self._read(reply.json()) if body else reply.json()["data"][0]["id"]
+                status = reply.status_code
             except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last four: odd JSON
-                # huggingface_hub stumbles over an error body that is no JSON object: the response is one level down
-                response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
-                status, after, said = 0, "", f"{error or type(error).__name__} {getattr(error, 'doc', '')}"
-                if response is not None:
-                    status, after = response.status_code, response.headers.get("retry-after", "")
-                    with suppress(ValueError):  # str(json): without JSON's escapes, in which the key might hide
-                        said = str(response.json())
+                said = f"{error or type(error).__name__} {said}"
             message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
             named = [name for name in ("max_tokens", "temperature", "top_p", "top_k") if name in sent and name in said]
             if named and status in (400, 422):
@@ -318,25 +288,17 @@ class RemoteModel:
         raise ConnectionError(f"{url} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: see that "
                               "the server is up, check URL, model name, settings, and the key in LSE_API_KEY")
 
-    def _complete(self, body: dict[str, Any]) -> Sample:
-        """One request, counted. Without content (still reasoning at the limit, or filtered) the answer is empty."""
-        rest = {name: value for name, value in body.items() if name not in ("messages", "model")}
-        reply = self._client.chat_completion(body["messages"], model=body["model"], extra_body=rest)
+    def _read(self, reply: dict) -> Sample:
+        """A chat completion, counted. Without content (still reasoning, or filtered) the answer is empty."""
         if not reply.get("choices"):
-            raise ValueError(f"a reply without choices: {dict(reply)}")
+            raise ValueError("a reply without choices:")
         choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
+        text, truncated = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
         with self._lock:
             self.calls += 1
             self.prompt_tokens += usage.get("prompt_tokens") or 0
             self.completion_tokens += usage.get("completion_tokens") or 0
-        return Sample(text.encode("utf-8", "replace").decode(), None, None, cut)  # lone surrogates cannot be saved
-
-    def _first_model(self) -> str:
-        headers = {"Authorization": f"Bearer {self._key}"}
-        reply = get_session().get(f"{self.base_url}/models", headers=headers, timeout=self.timeout)
-        hf_raise_for_status(reply)
-        return reply.json()["data"][0]["id"]
+        return Sample(text.encode("utf-8", "replace").decode(), None, None, truncated)  # no lone surrogates
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,16 +313,16 @@ def shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, a
     none, they are plain causal attention. That saves the (P + R)² mask and most of the work, and there is no cache,
     which gradient checkpointing would silently drop. All other calls are plain sdpa.
     """
-    p = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    sdpa, p = AttentionInterface()["sdpa"], 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
     if p == 0:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    prompt, _ = sdpa_attention_forward(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
-    responses, _ = sdpa_attention_forward(module, query[:, :, p:], key, value, attention_mask, **kwargs)
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    prompt, _ = sdpa(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
+    responses, _ = sdpa(module, query[:, :, p:], key, value, attention_mask, **kwargs)
     return torch.cat([prompt, responses], 1), None  # (B, P + R, heads, d)
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
-AttentionMaskInterface.register("shared_prompt", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"])
 
 
 def pack(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -409,13 +371,11 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
     window = getattr(core.config.get_text_config(), "sliding_window", None)
     if window is not None and positions.max() >= window:
         raise ValueError(f"The model attends to {window} tokens at a time; prompt and response must fit in there.")
-    if core.config._attn_implementation != "shared_prompt":  # stays on: a checkpointed layer runs again in backward
-        core.set_attn_implementation("shared_prompt")
-    keep = targets.shape[1]
-    out = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=keep)
+    core.set_attn_implementation("shared_prompt")  # stays on: a checkpointed layer runs again in backward
+    out = model(ids, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=targets.shape[1])
     logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)) / temperature  # (B, R, V)
     logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    lengths = [[len(response) for response in responses] for _, responses in groups]
+    lengths = [list(map(len, responses)) for _, responses in groups]
     return [list(row[: sum(ls)].split(ls)) for row, ls in zip(logp, lengths)]
 
 
@@ -455,24 +415,19 @@ def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tenso
     """
     before = before[:, None].expand_as(after)
     delta, score = delta_reward(after, before, valid), torch.where(valid, after, INVALID_REWARD)
-    if kind == "delta":  # the paper: the score before the edit is the baseline (eq. 8-10), nothing is scaled
-        return delta
-    if kind == "score":  # the paper's counter-example: favours start states that were good already
-        return score
-    if kind == "grpo":  # group mean and unbiased std; equal scores (up to rounding) say nothing: exactly zero
-        centred = score - score.mean(1, keepdim=True)
-        std = (centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)).sqrt()
-        return torch.where(std > 1e-6, centred / std, 0.0)
-    if kind == "batch":
-        return delta - delta.mean()
-    if kind == "node":
-        return delta - delta.mean(1, keepdim=True)
-    if kind == "line":
-        # Ours. The null edit is a biased guess of the mean edit: a bad start has much to gain, a good one nothing. The
-        # least-squares line of the reward in R̄(c_0) over the batch removes that, and needs no group: G may be 1.
-        x, y = before - before.mean(), delta - delta.mean()
-        return y - x * (x * y).sum() / (x * x).sum().clamp(min=1e-12)
-    raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score, line, node or batch.")
+    centred = score - score.mean(1, keepdim=True)
+    std = (centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)).sqrt()  # (N, 1), unbiased
+    x, y = before - before.mean(), delta - delta.mean()
+    kinds = {"delta": delta,  # the paper: the score before the edit is the baseline (eq. 8-10), nothing is scaled
+             "score": score,  # the paper's counter-example: favours start states that were good already
+             "grpo": torch.where(std > 1e-6, centred / std, 0.0),  # equal scores (up to rounding) say nothing: zero
+             "batch": y, "node": delta - delta.mean(1, keepdim=True),
+             # Ours. The null edit is a biased guess of the mean edit: a bad start has much to gain, a good one nothing.
+             # The least-squares line of the reward in R̄(c_0) over the batch removes that, without a group: G may be 1.
+             "line": y - x * (x * y).sum() / (x * x).sum().clamp(min=1e-12)}
+    if kind not in kinds:
+        raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score, line, node or batch.")
+    return kinds[kind]
 
 
 def policy_loss(logprobs: Sequence[Tensor], advantages: Sequence[float] | Tensor, n_tokens: int,
@@ -509,6 +464,7 @@ class MasterAdamW:
         self.copies = [(p, m) for p, m in zip(self.params, self.masters) if p is not m]
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
+    @torch.no_grad()
     def step(self) -> float:
         """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
@@ -516,18 +472,11 @@ class MasterAdamW:
             for param, master in self.copies:
                 master.grad = None if param.grad is None else param.grad.cpu().float()
             self.adamw.step()
-            self._publish()
-        self.zero_grad()
-        return norm
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        for param, master in self.copies:
-            param.copy_(master)
-
-    def zero_grad(self) -> None:
+            for param, master in self.copies:
+                param.copy_(master)
         for tensor in [*self.params, *self.masters]:
             tensor.grad = None
+        return norm
 
     def state_dict(self) -> dict:
         """The moments and the masters, from which the model's own weights follow."""
@@ -536,9 +485,8 @@ class MasterAdamW:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
-        self._publish()
+        for param, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
+            param.copy_(master.copy_(saved))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,10 +529,9 @@ class EvolutionTree:
 
     def scored(self) -> list[Node]:
         """The nodes that may be selected or returned."""
-        nodes = [node for node in self.nodes if node.score is not None]
-        if not nodes:
-            raise ValueError("No node has a score yet: score the seed instructions first.")
-        return nodes
+        if nodes := [node for node in self.nodes if node.score is not None]:
+            return nodes
+        raise ValueError("No node has a score yet: score the seed instructions first.")
 
     def best(self) -> Node:
         """argmax R̄ over the tree."""
@@ -592,17 +539,15 @@ class EvolutionTree:
 
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
-        nodes = self.scored()
+        nodes, log_n = self.scored(), math.log(max(1, self.rounds))
         if rule == "ucb":  # over ALL nodes, not only leaves; before the first round there is nothing to explore yet
-            log_n = math.log(max(1, self.rounds))
             chosen = max(nodes, key=lambda n: (n.score + self.c * math.sqrt(log_n / max(1, n.visits)), n.id))
         elif rule == "chain":
             chosen = nodes[-1]
         elif rule == "best":
             chosen = self.best()
         elif rule == "pareto":
-            front, wins = self.pareto_front()
-            chosen = random.Random(f"{seed}/{self.rounds}").choices(front, wins)[0]
+            chosen = random.Random(f"{seed}/{self.rounds}").choices(*self.pareto_front())[0]
         else:
             raise ValueError(f"Unknown search rule {rule!r}; choose ucb, chain, best or pareto.")
         self.rounds += 1
@@ -622,17 +567,16 @@ class EvolutionTree:
         def dominated(a: Node) -> bool:
             return any(a.scores != b.scores and all(x <= y for x, y in zip(a.scores, b.scores)) for b in nodes)
 
-        wins = {n.id: sum(score == best for score, best in zip(n.scores, top)) for n in nodes if not dominated(n)}
-        front = [node for node in nodes if wins.get(node.id)]
-        return front, [wins[node.id] for node in front]
+        wins = [sum(score == best for score, best in zip(node.scores, top)) for node in nodes]
+        front = [(node, won) for node, won in zip(nodes, wins) if won and not dominated(node)]
+        return [node for node, _ in front], [won for _, won in front]
 
     def save(self, path: str | Path) -> None:
         """Write JSON, exactly reversible; first under another name, so that a kill leaves the old file or the new."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"c": self.c, "rounds": self.rounds, "nodes": [asdict(node) for node in self.nodes]}
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")  # ASCII: any string survives
+        temporary = Path(f"{path}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        # In ASCII any string survives.
+        temporary.write_text(json.dumps(vars(self), default=asdict, indent=1), encoding="utf-8")
         os.replace(temporary, path)
 
     @classmethod

@@ -227,7 +227,7 @@ def test_the_servers_message_is_kept_short() -> None:
 
 @pytest.mark.parametrize("body", ["null", '"Unauthorized"', "[1]", '{"errors": 5}', "<p>Unauthorized</p>", ""])
 def test_error_bodies_of_any_shape(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub itself breaks on error bodies that are not a JSON object; the status must survive that."""
+    """An error body need be no JSON object, nor JSON at all; the status must survive that."""
     monkeypatch.setattr("server.json.dumps", lambda content: body)
     refused = pytest.raises(ConnectionError, match="401.*(?s:.*)LSE_API_KEY")
     with serve(lambda messages, body: Fault(status=401)) as server, refused:
