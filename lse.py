@@ -34,8 +34,9 @@ from threading import Lock
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import get_session
+from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import hf_raise_for_status
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, DynamicLayer, GenerationConfig
@@ -230,11 +231,13 @@ class RemoteModel:
 
     def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *, timeout: float = 600.0,
                  concurrency: int = 16, retries: int = 5, backoff: float = 1.0, extra: dict | None = None) -> None:
+        # "no-key", because without any key InferenceClient would send this machine's Hugging Face token to the server.
         key = (api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key").strip()
-        # The HTTP library would refuse such a key, and quote it; a URL with an @ holds a password.
-        if not re.fullmatch("[!-~]+", key) or not re.fullmatch(r"https?://[^\s@]+", base_url):
+        # The HTTP library would refuse such a key, and quote it; a URL with an @ or ? may hold a password or a key.
+        if not re.fullmatch("[!-~]+", key) or not re.fullmatch(r"https?://[^\s@?]+", base_url):
             raise ValueError("the URL looks like http://host:8000/v1, and the key is one ASCII word in LSE_API_KEY")
         self.base_url = base_url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
+        self._client = InferenceClient(base_url=self.base_url, api_key=key, timeout=timeout)
         self._key, self.timeout, self.concurrency = key, timeout, concurrency
         self.retries, self.backoff, self.extra = retries, backoff, extra or {}
         self.calls = self.prompt_tokens = self.completion_tokens = 0
@@ -259,22 +262,20 @@ class RemoteModel:
         GPT-5 turns down a temperature: a setting that a 400 names is left out from then on, with a warning.
         """
         url = f"{self.base_url}/{'chat/completions' if body else 'models'}"
-        options = {"headers": {"Authorization": f"Bearer {self._key}"}, "timeout": self.timeout}
         for attempt in range(self.retries + 1):
             sent = {name: value for name, value in body.items() if name not in self._refused and value is not None}
             if "max_tokens" in self._refused:  # the name that OpenAI's reasoning models insist on
                 sent["max_completion_tokens"] = body["max_tokens"]
-            status, after, said = 0, "", ""  # status 0: no answer, or none that can be read
             try:
-                reply = get_session().request("POST" if body else "GET", url, json=sent or None, **options)
-                after, said = reply.headers.get("retry-after", ""), reply.text
-                with suppress(ValueError):  # as text without JSON's escapes, in which the key might hide
-                    said = str(reply.json())
-                if not reply.is_error:
-                    return self._read(reply.json()) if body else reply.json()["data"][0]["id"]
-                status = reply.status_code
+                return self._complete(sent) if body else self._first_model()
             except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last four: odd JSON
-                said = f"{error or type(error).__name__} {said}"
+                # huggingface_hub stumbles over an error body that is no JSON object: the response is one level down
+                response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
+                status, after, said = 0, "", f"{error or type(error).__name__} {getattr(error, 'doc', '')}"
+                if response is not None:
+                    status, after = response.status_code, response.headers.get("retry-after", "")
+                    with suppress(ValueError):  # str(json): without JSON's escapes, in which the key might hide
+                        said = str(response.json())
             message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
             named = [name for name in ("max_tokens", "temperature", "top_p", "top_k") if name in sent and name in said]
             if named and status in (400, 422):
@@ -288,17 +289,25 @@ class RemoteModel:
         raise ConnectionError(f"{url} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: see that "
                               "the server is up, check URL, model name, settings, and the key in LSE_API_KEY")
 
-    def _read(self, reply: dict) -> Sample:
-        """A chat completion, counted. Without content (still reasoning, or filtered) the answer is empty."""
+    def _complete(self, body: dict) -> Sample:
+        """One request, counted. Without content (still reasoning at the limit, or filtered) the answer is empty."""
+        rest = {name: value for name, value in body.items() if name not in ("messages", "model")}
+        reply = self._client.chat_completion(body["messages"], model=body["model"], extra_body=rest)
         if not reply.get("choices"):
-            raise ValueError("a reply without choices:")
+            raise ValueError(f"a reply without choices: {dict(reply)}")
         choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text, truncated = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
+        text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
         with self._lock:
             self.calls += 1
             self.prompt_tokens += usage.get("prompt_tokens") or 0
             self.completion_tokens += usage.get("completion_tokens") or 0
-        return Sample(text.encode("utf-8", "replace").decode(), None, None, truncated)  # no lone surrogates
+        return Sample(text.encode("utf-8", "replace").decode(), None, None, cut)  # lone surrogates cannot be saved
+
+    def _first_model(self) -> str:
+        headers = {"Authorization": f"Bearer {self._key}"}
+        reply = get_session().get(f"{self.base_url}/models", headers=headers, timeout=self.timeout)
+        hf_raise_for_status(reply)
+        return reply.json()["data"][0]["id"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_the_servers_message_is_kept_short() -> None:
 
 @pytest.mark.parametrize("body", ["null", '"Unauthorized"', "[1]", '{"errors": 5}', "<p>Unauthorized</p>", ""])
 def test_error_bodies_of_any_shape(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error body need be no JSON object, nor JSON at all; the status must survive that."""
+    """huggingface_hub itself breaks on error bodies that are not a JSON object; the status must survive that."""
     monkeypatch.setattr("server.json.dumps", lambda content: body)
     refused = pytest.raises(ConnectionError, match="401.*(?s:.*)LSE_API_KEY")
     with serve(lambda messages, body: Fault(status=401)) as server, refused:
@@ -393,7 +393,8 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> No
     assert "sk-" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "", "http://", "https://me:secret@host/v1"])
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "", "http://", "https://me:secret@host/v1",
+                                 "https://host/v1?api_key=secret"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="http://host:8000/v1") as caught:
         remote(url)
