@@ -112,6 +112,14 @@ def split_names(names: Iterable[str], split: str, test: Iterable[str] = ()) -> l
     return splits[split]
 
 
+def authorize(harmless: Callable[[str | None], bool], action: int, _: str | None, name: str | None, *__: str) -> int:
+    """What model-written SQL may do; SQLite asks while it compiles a query. To read is allowed, and so are functions
+    whose name, and recursion whose None, is `harmless`; nothing else."""
+    reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
+    calls = action in (sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE) and harmless(name)
+    return sqlite3.SQLITE_OK if reads or calls else sqlite3.SQLITE_DENY
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The miniature: databases with a hidden glossary
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,15 +221,10 @@ class Mini:
 @functools.cache
 def mini_database(domain: str) -> sqlite3.Connection:
     """The table of a domain, in memory. Model-written SQL may read, and call three functions, nothing else."""
-    def authorize(action: int, _: str | None, function: str | None, *__: str | None) -> int:
-        harmless = action == sqlite3.SQLITE_FUNCTION and function.upper() in QUESTIONS.values()
-        reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
-        return sqlite3.SQLITE_OK if reads or harmless else sqlite3.SQLITE_DENY
-
     rng, db = random.Random(domain), sqlite3.connect(":memory:", check_same_thread=False)
     db.execute(f"CREATE TABLE t (id, {', '.join(COLUMNS)})")
     db.executemany(f"INSERT INTO t VALUES ({'?,' * 8}?)", [(i, *rng.choices(range(1000), k=8)) for i in ROWS])
-    db.set_authorizer(authorize)
+    db.set_authorizer(functools.partial(authorize, lambda name: str(name).upper() in QUESTIONS.values()))
     db.set_progress_handler(lambda: 1, 100_000)  # any query that takes longer is aborted
     return db
 
@@ -470,7 +473,8 @@ def _run(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
     _allow(4 << 30 if gold is None else 96 << 20)
     try:
         with closing(_open_readonly(db)) as connection:
-            connection.set_authorizer(_authorize)
+            unsafe = ("load_extension", "fts3_tokenizer")
+            connection.set_authorizer(functools.partial(authorize, lambda name: name not in unsafe))
             cursor = connection.execute(sql)
             if cursor.description is None:
                 return False, "no query found, it belongs between <answer> and </answer>"
@@ -494,13 +498,6 @@ def _open_readonly(db: str) -> sqlite3.Connection:
     connection = sqlite3.connect(f"{Path(db).as_uri()}?mode=ro{immutable}", uri=True)
     connection.execute(f"PRAGMA hard_heap_limit = {96 << 20}")
     return connection
-
-
-def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """To read and to call functions is allowed, nothing else. SQLite asks while it compiles a query."""
-    reading = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION)
-    allowed = action in reading and second not in ("load_extension", "fts3_tokenizer")
-    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def _brief(rows: Iterable[tuple]) -> str:
