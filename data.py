@@ -12,8 +12,6 @@ What a task is: any object with the seven members below. Nothing here knows abou
     edit_chat(instructions, summary)       the chat the editor answers with new instructions  ((c, S) -> c')
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import difflib
@@ -114,17 +112,23 @@ def split_names(names: Iterable[str], split: str, test: Iterable[str] = ()) -> l
     return splits[split]
 
 
+def authorize(harmless: Callable[[str | None], bool], action: int, _: str | None, name: str | None, *__: str) -> int:
+    """What model-written SQL may do; SQLite asks while it compiles a query. To read is allowed, and so are functions
+    whose name, and recursion whose None, is `harmless`; nothing else."""
+    reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
+    calls = action in (sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE) and harmless(name)
+    return sqlite3.SQLITE_OK if reads or calls else sqlite3.SQLITE_DENY
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The miniature: databases with a hidden glossary
 # ---------------------------------------------------------------------------------------------------------------------
-# BIRD, very small. A domain is a real SQLite table with columns c0..c7; its users ask for "profit" or "rank", and only a
-# hidden glossary says which column that is. What instructions can carry is exactly this knowledge: lines of "word column".
-# The seed instructions are empty, so the solver starts at zero, and every point is an edit's doing.
+# BIRD, very small. A domain is a real SQLite table with columns c0..c7; its users ask for "profit" or "rank", and only
+# a hidden glossary says which column that is. What instructions can carry is exactly this knowledge: lines of "word
+# column". The seed instructions are empty, so the solver starts at zero, and every point is an edit's doing.
 
-WORDS = (
-    "profit rank price stock margin weight age rating cost score sales tax "
-    "height volume speed quota debt bonus salary budget growth income loss share"
-).split()
+WORDS = ("profit rank price stock margin weight age rating cost score sales tax "
+         "height volume speed quota debt bonus salary budget growth income loss share").split()
 COLUMNS = [f"c{i}" for i in range(8)]
 ROWS = range(1, 17)  # values of the column `id`
 QUESTIONS = {"total": "SUM", "highest": "MAX", "lowest": "MIN"}
@@ -136,10 +140,9 @@ def mini_sql(question: str, column: str) -> str:
     >>> mini_sql("item 3 profit", "c5"), mini_sql("total profit", "c5")
     ('SELECT c5 FROM t WHERE id = 3', 'SELECT SUM ( c5 ) FROM t')
     """
-    kind, *rest = question.split()
-    if kind == "item":
-        return f"SELECT {column} FROM t WHERE id = {rest[0]}"
-    return f"SELECT {QUESTIONS[kind]} ( {column} ) FROM t"
+    kind, item, *_ = question.split()
+    what, where = (column, f" WHERE id = {item}") if kind == "item" else (f"{QUESTIONS[kind]} ( {column} )", "")
+    return f"SELECT {what} FROM t{where}"
 
 
 def read_glossary(text: str) -> dict[str, str]:
@@ -152,6 +155,12 @@ def read_glossary(text: str) -> dict[str, str]:
     return {word: column for word, column in zip(tokens, tokens[1:]) if word in WORDS and column in COLUMNS}
 
 
+def mini_chat(system: str, *turns: str) -> list[dict]:
+    """A chat of one system message and any turns, the user's first."""
+    roles = ["system"] + ["user", "assistant"] * len(turns)
+    return [{"role": role, "content": text} for role, text in zip(roles, [system, *turns])]
+
+
 class Mini:
     """The miniature task. Domain names carry their seed, so a domain is the same on every machine."""
 
@@ -160,11 +169,9 @@ class Mini:
 
     def __init__(self, train: int = 24, test: int = 32, dev: int = 16):
         self.sizes = {"train": train, "test": test, "dev": dev}  # dev: for tuning; never trained on, never reported
-        self.databases: dict[str, sqlite3.Connection] = {}
-        self.results: dict[tuple[str, str], list | None] = {}  # (domain, SQL) -> rows; None is an error
 
     def domains(self, split: str = "all") -> list[str]:
-        splits = ("train", "test", "dev") if split == "all" else (split,)
+        splits = self.sizes if split == "all" else [split]
         return [f"{name}{i:03d}" for name in splits for i in range(self.sizes[name])]
 
     def glossary(self, domain: str) -> dict[str, str]:
@@ -174,54 +181,35 @@ class Mini:
 
     def problems(self, domain: str) -> list[Problem]:
         """19 questions about each of 8 words: 2 in the holdout, 4 in the test split, 13 in the pool."""
-        rng, glossary = random.Random(domain), self.glossary(domain)
-        kinds = [f"item {i}" for i in ROWS] + list(QUESTIONS)
+        rng, glossary, out = random.Random(domain), self.glossary(domain), []
+        kinds = [f"item {i}" for i in ROWS] + [*QUESTIONS]
         shuffled = {word: rng.sample(kinds, len(kinds)) for word in glossary}
-        out = []
-        for i in range(len(kinds)):  # word by word inside: the first 8 of any split ask for every word once
-            for word, column in glossary.items():
-                split, question = "holdout" if i < 2 else "test" if i < 6 else "pool", f"{shuffled[word][i]} {word}"
+        for i, split in enumerate(["holdout"] * 2 + ["test"] * 4 + ["pool"] * 13):
+            for word, column in glossary.items():  # inside, so that the first 8 of any split ask for every word once
+                question = f"{shuffled[word][i]} {word}"
                 out.append(Problem(f"{domain}/{question}", question, mini_sql(question, column), domain, split))
         return out
 
     def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
         # The word asked for is the last token before the answer, which restates it: that is what lets a three-layer
         # model learn to look it up (an induction head).
-        question = f"{instructions} {problem.question}"
-        return [{"role": "system", "content": "solve"}, {"role": "user", "content": question}]
+        return mini_chat("solve", f"{instructions} {problem.question}")
 
     def edit_chat(self, instructions: str, summary: list[Answer]) -> list[dict]:
         graded = [f"question {a.question} gold {a.gold} answer {a.answer} {'correct' if a.correct else 'wrong'}"
                   for a in summary]
-        return [{"role": "system", "content": "edit"}, {"role": "user", "content": " ".join([instructions, *graded])}]
+        return mini_chat("edit", " ".join([instructions, *graded]))
 
     def read_edit(self, text: str) -> str | None:
         """New instructions as stored: one line per word. None if the tags are missing or hold no entry."""
-        glossary = read_glossary(extract_tag(text, "prompt") or "")
-        return "\n".join(f"{word} {column}" for word, column in glossary.items()) or None
-
-    def rows(self, domain: str, sql: str) -> list | None:
-        """The result of one query on the domain's database, None on any error."""
-        if domain not in self.databases:
-            rng, db = random.Random(domain), sqlite3.connect(":memory:", check_same_thread=False)
-            db.execute(f"CREATE TABLE t (id, {', '.join(COLUMNS)})")
-            db.executemany(f"INSERT INTO t VALUES ({'?,' * 8}?)", [(i, *rng.choices(range(1000), k=8)) for i in ROWS])
-            db.set_authorizer(self.authorize)
-            db.set_progress_handler(lambda: 1, 100_000)  # any query that takes longer is aborted
-            self.databases[domain] = db
-        if (domain, sql) not in self.results:
-            try:
-                self.results[domain, sql] = self.databases[domain].execute(sql).fetchall()
-            except (sqlite3.Error, sqlite3.Warning, ValueError):
-                self.results[domain, sql] = None
-        return self.results[domain, sql]
+        return lines(read_glossary(extract_tag(text, "prompt") or "")) or None
 
     @staticmethod
-    def authorize(action: int, _: str | None, function: str | None, *__: str | None) -> int:
-        """Model-written SQL may read, and call three functions, nothing else."""
-        harmless = action == sqlite3.SQLITE_FUNCTION and function.upper() in QUESTIONS.values()
-        reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
-        return sqlite3.SQLITE_OK if reads or harmless else sqlite3.SQLITE_DENY
+    @functools.cache
+    def rows(domain: str, sql: str) -> list | None:
+        """The result of one query on the domain's database, None on any error."""
+        with suppress(sqlite3.Error, sqlite3.Warning, ValueError):
+            return mini_database(domain).execute(sql).fetchall()
 
     def grade(self, problem: Problem, response: str) -> Grade:
         sql = extract_tag(response, "answer") or ""
@@ -230,25 +218,31 @@ class Mini:
         return Grade(correct, sql, "" if correct else "SQL error" if rows is None else "wrong result")
 
 
+@functools.cache
+def mini_database(domain: str) -> sqlite3.Connection:
+    """The table of a domain, in memory. Model-written SQL may read, and call three functions, nothing else."""
+    rng, db = random.Random(domain), sqlite3.connect(":memory:", check_same_thread=False)
+    db.execute(f"CREATE TABLE t (id, {', '.join(COLUMNS)})")
+    db.executemany(f"INSERT INTO t VALUES ({'?,' * 8}?)", [(i, *rng.choices(range(1000), k=8)) for i in ROWS])
+    db.set_authorizer(functools.partial(authorize, lambda name: str(name).upper() in QUESTIONS.values()))
+    db.set_progress_handler(lambda: 1, 100_000)  # any query that takes longer is aborted
+    return db
+
+
 def mini_tokenizer():
     """A word-level `PreTrainedTokenizerFast` with a chat template; saved and loaded like any other tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = "<unk> solve edit question gold answer correct wrong none item SELECT FROM t WHERE id = SUM MAX MIN ( )"
-    words += " <answer> </answer> <prompt> </prompt>"
-    words = [*words.split(), *QUESTIONS, *map(str, ROWS), *COLUMNS, *WORDS]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    words = ("<unk> solve edit question gold answer correct wrong none item SELECT FROM t WHERE id = SUM MAX MIN ( ) "
+             "<answer> </answer> <prompt> </prompt>").split() + [*QUESTIONS, *map(str, ROWS), *COLUMNS, *WORDS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<|end|>",
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    return tokenizer
+        chat_template="{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
+                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 # The warm-up: rows of chat from which a tiny model learns to answer and to edit. It stands in for pretraining, and like
@@ -258,8 +252,7 @@ def mini_tokenizer():
 def mini_answer(question: str, glossary: dict[str, str]) -> str:
     """What a solver that reads its glossary answers. For an unknown word, SQL that fails: luck earns nothing."""
     word = question.split()[-1]
-    column = glossary.get(word)
-    return f"{word} {column or 'none'} <answer> {mini_sql(question, column or word)} </answer>"
+    return f"{word} {glossary.get(word, 'none')} <answer> {mini_sql(question, glossary.get(word, word))} </answer>"
 
 
 def mini_question(rng: random.Random, word: str) -> str:
@@ -271,7 +264,7 @@ def lines(glossary: dict[str, str]) -> str:
 
 
 def recall_row(rng: random.Random, size: int, length: int) -> list[dict]:
-    """A glossary of `size` words, then entries of it again, `length` entries in all: bare practice in looking things up.
+    """A glossary of `size` words, then entries of it again, `length` entries in all: bare practice in looking words up.
 
     Short rows on purpose: a fresh model attends evenly to all it sees, and in a short row that is hint enough to start.
     """
@@ -283,14 +276,10 @@ def recall_row(rng: random.Random, size: int, length: int) -> list[dict]:
 def solve_row(rng: random.Random, size: int, questions: int = 8) -> list[dict]:
     """A solver chat of several turns: some words stand in the glossary, a quarter of those asked for do not."""
     words = rng.sample(WORDS, min(len(WORDS), size + max(1, size // 3)))
-    glossary = dict(zip(words[:size], rng.choices(COLUMNS, k=size)))
-    messages = [{"role": "system", "content": "solve"}]
-    for turn in range(questions):
-        question = mini_question(rng, rng.choice(words))
-        content = f"{lines(glossary)} {question}" if turn == 0 else question
-        answer = mini_answer(question, glossary)
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    return messages
+    glossary = dict(zip(words, rng.choices(COLUMNS, k=size)))
+    asked = [mini_question(rng, rng.choice(words)) for _ in range(questions)]
+    first, *texts = [text for question in asked for text in (question, mini_answer(question, glossary))]
+    return mini_chat("solve", f"{lines(glossary)} {first}", *texts)
 
 
 def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, known: int = 8) -> list[dict]:
@@ -304,19 +293,18 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, known: int
     known = dict(rng.sample(sorted(truth.items()), rng.randint(0, known)))
     if noisy:  # wrong entries, and words that nobody asks about
         known = {w: c if rng.random() < 0.85 else rng.choice(COLUMNS) for w, c in known.items()}
-        others = [w for w in WORDS if w not in truth]
-        known.update({w: rng.choice(COLUMNS) for w in rng.sample(others, rng.randint(0, 4))})
+        others = rng.sample([w for w in WORDS if w not in truth], rng.randint(0, 4))
+        known |= {w: rng.choice(COLUMNS) for w in others}
         known = dict(rng.sample(sorted(known.items()), len(known)))
     keep, add, most = (rng.uniform(0.5, 1), rng.uniform(0.2, 1), rng.choice([3, 3, 3, 12])) if noisy else (1, 1, 12)
     trust, repair = (rng.random() < 0.6, rng.random() < 0.5) if noisy else (True, True)
     summary, edit = [], {w: c for w, c in known.items() if rng.random() < keep}
     for word in rng.choices(sorted(truth), k=k):
         question = mini_question(rng, word)
-        gold, response = mini_sql(question, truth[word]), mini_answer(question, known)
-        answer = extract_tag(response, "answer")
-        summary.append(Answer("", question, response, answer, gold, answer == gold))
+        gold, answer = mini_sql(question, truth[word]), mini_sql(question, known.get(word, word))
+        summary.append(Answer("", question, "", answer, gold, answer == gold))
         seen = truth[word] if trust else known.get(word, rng.choice(COLUMNS))
-        if (word in edit and repair) or (word not in edit and rng.random() < add):
+        if repair if word in edit else rng.random() < add:
             edit[word] = seen
     text = lines(dict(list(edit.items())[:most]))
     return task.edit_chat(lines(known), summary) + [{"role": "assistant", "content": f"<prompt> {text} </prompt>"}]
@@ -416,41 +404,34 @@ def in_parallel(work: Callable, items: list, progress: str = "") -> list:
 IDLE: list[subprocess.Popen] = []  # the workers that wait for a query
 
 
-def _start_worker() -> subprocess.Popen:
-    """A fresh interpreter that runs `sql_worker`. This process must not fork itself: it may hold torch and CUDA."""
-    command = [sys.executable, "-c", f"import {Path(__file__).stem} as d; d.sql_worker()"]
-    # In a session of its own Ctrl-C does not reach it. It ends when this process does, for then its stdin closes.
-    options = {"cwd": Path(__file__).resolve().parent, "start_new_session": True}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-
-
 def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
     """One query to an idle or a new worker, and the reply of `_run`.
 
     Any number of threads may ask at once: each takes a worker off the list, and so has its pipes for itself.
     """
-    while True:
-        try:
-            worker = IDLE.pop()
-        except IndexError:
-            worker = _start_worker()
-        try:
-            pickle.dump((db, sql, gold, timeout), worker.stdin)
-            worker.stdin.flush()
-            reply = pickle.load(worker.stdout)
-            IDLE.append(worker)  # not after Ctrl-C: the reply to that query would be taken for the next one's
-            return reply
-        except (EOFError, OSError):
-            status = worker.wait()
-        if status:  # else it had retired before this query
-            return False, f"timeout after {timeout:g} s" if status == -signal.SIGALRM else "the query crashed SQLite"
+    try:
+        worker = IDLE.pop()
+    except IndexError:
+        # A fresh interpreter: this process must not fork itself, for it may hold torch and CUDA. In a session of its
+        # own Ctrl-C does not reach it. It ends when this process does, for then its stdin closes.
+        command = [sys.executable, "-c", f"import {Path(__file__).stem} as d; d.sql_worker()"]
+        options = {"cwd": Path(__file__).resolve().parent, "start_new_session": True}
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+    try:
+        pickle.dump((db, sql, gold, timeout), worker.stdin)
+        worker.stdin.flush()
+        reply = pickle.load(worker.stdout)
+        IDLE.append(worker)  # not after Ctrl-C: the reply to that query would be taken for the next one's
+        return reply
+    except (EOFError, OSError):
+        return False, f"timeout after {timeout:g} s" if worker.wait() == -signal.SIGALRM else "the query crashed SQLite"
 
 
 def sql_worker() -> None:
     """The loop of a worker: queries from stdin, replies to stdout, until stdin closes. POSIX only.
 
     SIGALRM kills it at the time limit, even inside one endless C function. After a query that left it much larger it
-    retires, for the next one must not start from that memory.
+    starts afresh on the same pipes, for the next one must not start from that memory.
     """
     logging.disable()  # sqlglot would warn on stderr
     clean = _allow(None)
@@ -463,6 +444,7 @@ def sql_worker() -> None:
             _allow(None)
             pickle.dump(reply, sys.stdout.buffer)
             sys.stdout.flush()
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _allow(extra: int | None) -> int:
@@ -491,7 +473,8 @@ def _run(db: str, sql: str, gold: bytes | None) -> tuple[bool, bytes | str]:
     _allow(4 << 30 if gold is None else 96 << 20)
     try:
         with closing(_open_readonly(db)) as connection:
-            connection.set_authorizer(_authorize)
+            unsafe = ("load_extension", "fts3_tokenizer")
+            connection.set_authorizer(functools.partial(authorize, lambda name: name not in unsafe))
             cursor = connection.execute(sql)
             if cursor.description is None:
                 return False, "no query found, it belongs between <answer> and </answer>"
@@ -515,13 +498,6 @@ def _open_readonly(db: str) -> sqlite3.Connection:
     connection = sqlite3.connect(f"{Path(db).as_uri()}?mode=ro{immutable}", uri=True)
     connection.execute(f"PRAGMA hard_heap_limit = {96 << 20}")
     return connection
-
-
-def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """To read and to call functions is allowed, nothing else. SQLite asks while it compiles a query."""
-    reading = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION)
-    allowed = action in reading and second not in ("load_extension", "fts3_tokenizer")
-    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def _brief(rows: Iterable[tuple]) -> str:
@@ -565,8 +541,7 @@ def extract_sql(response: str) -> str | None:
     ('SELECT 2', None)
     """
     tagged = extract_tag(response, "answer")
-    blocks = re.findall(r"```sql(?:ite)?\b(.*?)```", tagged or response, re.DOTALL | re.IGNORECASE)
-    sql = blocks[-1] if blocks else tagged
+    sql = [tagged, *re.findall(r"```sql(?:ite)?\b(.*?)```", tagged or response, re.DOTALL | re.IGNORECASE)][-1]
     return sql and sql.removeprefix("```").removesuffix("```").strip()
 
 
@@ -575,9 +550,8 @@ BIRD_FIELDS = ("db_id", "question", "SQL", "evidence", "question_id", "difficult
 BIRD_REMEDY = "unpack https://bird-bench.oss-cn-beijing.aliyuncs.com/train.zip (or dev.zip, minidev.zip)"
 
 
-def column_meanings(folder: Path) -> list[str]:
-    """Lines "-- table.column: meaning" from BIRD's `database_description/<table>.csv`; [] without the folder."""
-    lines = []
+def column_meanings(folder: Path) -> Iterator[str]:
+    """Lines "-- table.column: meaning" from BIRD's `database_description/<table>.csv`; none without the folder."""
     for file in sorted(folder.glob("*.csv")):
         raw = file.read_bytes()
         try:
@@ -587,11 +561,9 @@ def column_meanings(folder: Path) -> list[str]:
         with suppress(csv.Error):  # an unclosed quote swallows the file: what came before it stays
             for row in csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")):
                 row = {str(key).strip().lower(): " ".join(str(value or "").split()) for key, value in row.items()}
-                told = [row.get(key) for key in ("column_name", "column_description", "value_description")]
-                if any(told):
-                    meaning = cut("; ".join(filter(None, told)), 200)
-                    lines.append(f"-- {file.stem}.{row.get('original_column_name')}: {meaning}")
-    return lines
+                told = map(row.get, ("column_name", "column_description", "value_description"))
+                if meaning := "; ".join(filter(None, told)):
+                    yield f"-- {file.stem}.{row.get('original_column_name')}: {cut(meaning, 200)}"
 
 
 @functools.cache
@@ -611,12 +583,9 @@ def schema_text(db: Path, limit: int) -> str:
                     samples = [value for value in dict.fromkeys(values) if value is not None][:3]
                     lines.append((1, f"-- {column}: e.g. {_brief([samples])}"))
     lines += [(2, line) for line in column_meanings(db.parent / "database_description")]
-    for most in (2, 1, 0):
-        note = "-- The schema is long: comments on columns are left out.\n" if most < 2 else ""
-        text = note + "\n".join(line for rank, line in lines if rank <= most)
-        if len(text) <= limit:
-            break
-    return cut(text, limit)
+    note = "-- The schema is long: comments on columns are left out.\n"
+    texts = [note * (most < 2) + "\n".join(line for rank, line in lines if rank <= most) for most in (2, 1, 0)]
+    return cut(next((text for text in texts if len(text) <= limit), texts[-1]), limit)
 
 
 class Bird:
@@ -634,8 +603,7 @@ class Bird:
     reasoning = False  # whether the editor sees the solver's full text
 
     def __init__(self, path: str | Path) -> None:
-        self.files: dict[str, Path] = {}  # database -> its SQLite file
-        self._problems: dict[str, list[Problem]] = {}
+        self.files, self._problems = {}, {}  # database -> its SQLite file, its list of problems
         root = Path(path).resolve()
         files = [root] if root.is_file() else [file for name in BIRD_FILES for file in sorted(root.rglob(name))]
         if not files:
@@ -650,23 +618,20 @@ class Bird:
         A fault of one database leaves the others alone; an unknown field is reported, because it may be a misspelt
         one, and otherwise ignored.
         """
-        groups: dict[str, list[dict]] = {}
         try:
-            for i, entry in enumerate(json.loads(file.read_text("utf-8-sig"))):
-                groups.setdefault(entry["db_id"], []).append({"question_id": i, **entry})
+            entries = [{"question_id": i, **e} for i, e in enumerate(json.loads(file.read_text("utf-8-sig")))]
+            names = {entry["db_id"] for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
             yield f"not a JSON list of questions with a db_id ({error!r})"
             return
         paths = {db.name: db for db in file.parent.glob("*databases/**/*.sqlite")}
-        for db in sorted(groups.keys() - self.files.keys()):
-            unknown = sorted({field for entry in groups[db] for field in entry} - set(BIRD_FIELDS))
-            if unknown:
+        for db in sorted(names - self.files.keys()):
+            own = [entry for entry in entries if entry["db_id"] == db]
+            if unknown := sorted(set().union(*own) - {*BIRD_FIELDS}):
                 yield f"database {db}: the fields {unknown} are unknown, the known are {', '.join(BIRD_FIELDS)}"
             try:
-                self._problems[db] = [
-                    Problem(str(e["question_id"]), e["question"], e["SQL"], db, evidence=e.get("evidence") or "")
-                    for e in groups[db]
-                ]
+                self._problems[db] = [Problem(str(e["question_id"]), e["question"], e["SQL"], db,
+                                              evidence=e.get("evidence") or "") for e in own]
                 self.files[db] = paths[f"{db}.sqlite"]
             except KeyError as missing:  # a field or the file
                 yield f"database {db} is left out: {missing} is missing"
@@ -674,11 +639,8 @@ class Bird:
     def domains(self, split: str) -> list[str]:
         """The sorted databases of a split: "train", those of the train archive; "test", of dev or mini-dev; "all". A
         folder that has only one of the two is divided by `split_names`."""
-        names = split_names(self.files, split)
-        train = {db for db, file in self.files.items() if "train_databases" in file.parts}
-        if split == "all" or len(train) in (0, len(self.files)):
-            return names
-        return sorted(train if split == "train" else self.files.keys() - train)
+        test = [db for db, file in self.files.items() if "train_databases" not in file.parts]
+        return split_names(self.files, split, test)
 
     def problems(self, domain: str) -> list[Problem]:
         """Its problems. The first call runs every gold query; those that fail are named on stderr and dropped."""
@@ -695,12 +657,11 @@ class Bird:
 
     def solve_chat(self, instructions: str, problem: Problem) -> list[dict]:
         """One user message (some chat templates refuse a system message); what a domain shares comes first."""
-        content = f"""Answer a question about a database with one SQLite query.
+        return [{"role": "user", "content": f"""Answer a question about a database with one SQLite query.
 \n# Database\n{schema_text(self.files[problem.domain], self.schema_chars)}
 \n# Instructions\n{instructions}
 \n# Question\n{problem.evidence}\n{problem.question}
-\nThink first if it helps. Then write the query, and nothing but the query, between <answer> and </answer>."""
-        return [{"role": "user", "content": content}]
+\nThink first if it helps. Then write the query, and nothing but the query, between <answer> and </answer>."""}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
         """BIRD's verdict on the query in `response`; a response without one is wrong."""

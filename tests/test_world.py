@@ -75,7 +75,7 @@ def test_strange_answers_are_wrong_and_change_nothing(task, response, feedback):
     before = task.rows("train001", "SELECT COUNT(*), SUM(c0), SUM(c7) FROM t")
     grade = task.grade(problem, response)
     assert not grade.correct and grade.feedback == feedback
-    task.results.clear()
+    task.rows.cache_clear()
     assert task.rows("train001", "SELECT COUNT(*), SUM(c0), SUM(c7) FROM t") == before
 
 
