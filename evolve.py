@@ -498,7 +498,7 @@ def diff(old: str, new: str) -> str:
     >>> diff("Be brief. Be kind.", "Be brief. Be exact.")
     'Be brief.<del> Be kind.</del><ins> Be exact.</ins>'
     """
-    a, b = (re.split(r"(?<=[.:;!?])|(?=\n)", text) for text in (old, new))  # loses nothing: it splits between characters
+    a, b = (re.split(r"(?<=[.:;!?\n])|(?=\n)", text) for text in (old, new))  # loses nothing: it splits between characters
     steps = [(kind, esc("".join(a[i:j])), esc("".join(b[k:m])))
              for kind, i, j, k, m in SequenceMatcher(None, a, b).get_opcodes()]
     return "".join(was if kind == "equal" else f"<del>{was}</del><ins>{now}</ins>" for kind, was, now in steps)
