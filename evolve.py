@@ -31,7 +31,7 @@ import re
 import shutil
 import sys
 from copy import copy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import fmean, stdev
@@ -94,8 +94,8 @@ def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote:
     ValueError names what no run could work with.
     """
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
-    values = PRESETS[kind] | presets[kind]
-    s = replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    s = replace(settings, **PRESETS[kind] | presets[kind] | given)
     for name, value in asdict(s).items():
         least = name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")  # 1, else 0
         if isinstance(value, (int, float)) and (value < least or name == "top_p" and not 0 < value <= 1):
@@ -183,15 +183,10 @@ def solve(task, solver, instructions: str, problems: list[Problem], samples: int
     return solve_all(task, solver, [(instructions, problems)], samples, **sampling)[0]
 
 
-def problem_scores(answers: list[Answer], samples: int) -> list[float]:
-    """Share of right answers per problem; their mean is R̄ (eq. 4)."""
-    right = [float(a.correct) for a in answers]
-    return [fmean(right[i : i + samples]) for i in range(0, len(right), samples)]
-
-
 def score_all(task, solver, jobs: list[tuple[str, list[Problem]]], s: Settings) -> list[list[float]]:
-    """R̄ of many instructions at once, as one list of per-problem scores per job."""
-    return [problem_scores(a, s.samples) for a in solve_all(task, solver, jobs, s.samples, **solver_sampling(s))]
+    """Per job, the share of right answers to each problem; the mean of a job's shares is R̄ (eq. 4)."""
+    return [[fmean(a.correct for a in answers[i : i + s.samples]) for i in range(0, len(answers), s.samples)]
+            for answers in solve_all(task, solver, jobs, s.samples, **solver_sampling(s))]
 
 
 def count_tokens(model, chat: list[dict]) -> int:
@@ -309,7 +304,7 @@ def plant(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionT
 
 
 def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Settings, search: str = "ucb",
-               method: str = "lse", on_round=None, progress: str = "") -> dict[str, EvolutionTree]:
+               method: str = "lse", on_round=lambda trees: None, progress: str = "") -> dict[str, EvolutionTree]:
     """Grow every domain's tree to `s.rounds` rounds, all in step, so that each model call is one large batch.
 
     Each round adds one node to each tree, so an interrupted run goes on where the trees stand. A baseline brings its
@@ -344,8 +339,7 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
             if method == "textgrad" and score is not None and score < parents[d].score:  # equal is kept
                 score, note = None, f"reverted: the holdout score fell from {parents[d].score:.3f} to {score:.3f}"
             trees[d].add(parents[d], text or wrote, score, scores.get(d), [asdict(a) for a in summary], note)
-        if on_round:
-            on_round(trees)
+        on_round(trees)
     return trees
 
 
@@ -664,38 +658,45 @@ def pick_domains(task, wanted: str) -> list[str]:
     return names
 
 
-def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
-    """What the run will ask for at most, in a few lines.
+def afford(task, models, calls: tuple[int, int], problems, s: Settings, out: Path, size: float) -> tuple[str, int]:
+    """What a run asks for at most: in words, and its tokens in all. ValueError if a context or the disk is too small.
 
-    Everything that can be checked without asking a model is checked by now, the last of it here: the grader, the
-    longest prompts, room on the disk. So nothing fails after hours that could have failed at once. ValueError says how.
+    `models` are solver and editor, `calls` their numbers of answers, `size` the bytes that `out` may grow by. With what
+    was checked before, the grader here, nothing fails after hours that could have failed before the first model call.
     """
-    longest = max((problem for parts in splits.values() for part in parts.values() for problem in part),
-                  key=lambda problem: len(str(task.solve_chat("", problem))))
+    longest = max(problems, key=lambda problem: len(str(task.solve_chat("", problem))))
     task.grade(longest, "")
-    seen = [Answer(longest.id, longest.question, longest.gold, longest.gold, longest.gold, False)] * s.k
-    trees = len(splits) * (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1)
-    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
-    held, tested = (s.samples * max(len(parts[name]) for parts in splits.values()) for name in ("holdout", "test"))
-    answers = trees * (held + s.rounds * (s.k * (1 + (s.compare or s.method == "gepa")) + held) + 2 * tested)
-    edits = trees * s.rounds * (1 + (s.compare or s.method == "textgrad"))
-    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
-    lines = [f"{trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"]
-    for role, model, calls, chat in (
-            ("solver", solver, answers, task.solve_chat(task.seed_instructions, longest)),
-            ("editor", editor, edits, edit_chat(task, editor, task.seed_instructions, seen, s.max_prompt_tokens)[0])):
-        # Instructions may become as long as an edit. Beyond its context a model answers nonsense without a warning.
-        prompt, new = count_tokens(model, chat) + s.editor_tokens, getattr(s, f"{role}_tokens")
-        if 0 < context(model) < prompt + new:
-            raise ValueError(f"The {role} reads {context(model)} tokens, too little for a prompt of {prompt}, with "
-                             f"instructions of {s.editor_tokens} (--editor-tokens), and {new} more (--{role}-tokens).")
-        lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
-                     f"{calls * prompt:,} tokens to read and {calls * new:,} to write")
-    size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)
+    # The longest prompts: of instructions and answers, too, as many words as an edit and an answer may have tokens.
+    rules, reply = task.seed_instructions + " word" * s.editor_tokens, "word " * s.solver_tokens
+    seen = [Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
+    chats = task.solve_chat(rules, longest), edit_chat(task, models[1], rules, seen, s.max_prompt_tokens)[0]
+    lines, tokens = [], 0
+    for role, model, chat, asked in zip(("solver", "editor"), models, chats, calls):
+        prompt, new, reads = count_tokens(model, chat), getattr(s, f"{role}_tokens"), context(model)
+        if 0 < reads < prompt + new:  # beyond its context a model answers nonsense without a warning
+            raise ValueError(f"The {role} reads {reads} tokens, too little for a prompt of {prompt}, with instructions "
+                             f"of {s.editor_tokens} (--editor-tokens), and {new} more (--{role}-tokens).")
+        tokens += asked * (prompt + new)
+        lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {asked:,} answers, "
+                     f"{asked * prompt:,} tokens to read and {asked * new:,} to write")
     free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
     if free < size:
-        raise ValueError(f"{out} may grow to {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
-    return "\n  ".join(["Plan", *lines, f"up to {size / 1e6:,.1f} MB in {out}"])
+        raise ValueError(f"{out} may grow by {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
+    return "\n  ".join([*lines, f"up to {size / 1e6:,.1f} MB in {out}"]), tokens
+
+
+def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
+    """How many trees, and what they cost at most, in a few lines. ValueError as `afford`."""
+    trees = len(splits) * (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1)
+    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
+    batches, score = s.k * (1 + (s.compare or s.method == "gepa")), s.holdout * s.samples
+    answers = trees * (score + s.rounds * (batches + score) + 2 * s.test * s.samples)
+    edits = trees * s.rounds * (1 + (s.compare or s.method == "textgrad"))
+    size = 2 * edits * (s.k * (5 * s.solver_tokens + 4000) + 5 * s.editor_tokens)  # a node keeps what the editor saw
+    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
+    problems = [problem for parts in splits.values() for part in parts.values() for problem in part]
+    return (f"Plan\n  {trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"
+            "\n  " + afford(task, (solver, editor), (answers, edits), problems, s, out, size)[0])
 
 
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
@@ -703,19 +704,17 @@ def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
 
     One that was killed while saving has left some trees a round ahead of the others: they are cut back.
     """
-    files = [folder / f"{tree_name(d)}.json" for d in domains]
-    if not all(file.exists() for file in files):
-        return {}
     try:
-        trees = dict(zip(domains, map(EvolutionTree.load, files)))
+        trees = {d: EvolutionTree.load(folder / f"{tree_name(d)}.json") for d in domains}
+    except FileNotFoundError:
+        return {}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} holds a file that is no tree ({error}): start over with --overwrite.") from None
-    rounds = min(len(tree.nodes) for tree in trees.values())
+    size = min(len(tree.nodes) for tree in trees.values())  # a round is a node more than the seed's
     for tree in trees.values():
-        for node in tree.nodes[rounds:]:
+        for node in tree.nodes[size:]:
             tree.nodes[node.parent].visits -= 1
-            tree.rounds -= 1
-        del tree.nodes[rounds:]
+        tree.rounds, tree.nodes = size - 1, tree.nodes[:size]
     return trees
 
 
@@ -740,16 +739,15 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     for label, model in (("untrained", copy(solver)), ("trained", editor)):  # a copy counts for itself
         for method, search in [("lse", "chain"), ("lse", "best"), *((method, "ucb") for method in methods(task))]:
             name = f"{label} | {method} ({search_rule(task, method, search)})"
-            calls, means = solver.calls, {d: [] for d in domains}  # per seed: holdout best, test, test of the seed
+            calls, rows = solver.calls, []  # rows[seed][domain]: holdout best, test, test of the seed instructions
             for seed in range(s.seed, s.seed + s.seeds):
                 own = replace(s, seed=seed)
                 trees = plant(task, domains, solver, own)
                 evolve_all(task, trees, solver, model, own, search, method, progress=f"{name}, seed {seed}")
                 tested = final_test(task, trees, solver, own) if s.test else dict.fromkeys(trees, ())
-                for d, tree in trees.items():
-                    means[d].append((tree.best().score, *(fmean(scores) for scores in tested[d][::-1])))
+                rows.append([[fmean(x) for x in (tree.best().scores, *tested[d][::-1])] for d, tree in trees.items()])
             runs[name] = trees[domains[0]]
-            columns = zip(*([fmean(column) for column in zip(*seeds)] for seeds in means.values()))
+            columns = torch.tensor(rows, dtype=torch.float64).mean(0).T.tolist()  # (seeds, domains, 3) -> (3, domains)
             cells = ["{:.3f} ± {:.3f}".format(*mean_error(column)) for column in columns] + ["–", "–"]
             table.append(f"| {name} | {' | '.join(cells[:3])} | {(solver.calls - calls) // s.seeds:,} |")
             print(table[-1], flush=True)
@@ -766,15 +764,13 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
     parts = {"holdout": {d: (tree.nodes[0].scores, tree.best().scores) for d, tree in trees.items()}}
     parts |= {"test": final_test(task, trees, solver, s)} if s.test else {}
     results, text = {"config": asdict(s), "instructions": {d: t.best().instructions for d, t in trees.items()}}, ""
-    for part, pairs in parts.items():
+    for (part, pairs), remark in zip(parts.items(), ("optimistic: the search chose by it", "never touched before")):
         means = {d: [fmean(scores) for scores in pair] for d, pair in pairs.items()}  # domain -> [before, after]
         over, of = (means.values(), "domains") if len(means) > 1 else (zip(*[*pairs.values()][0]), "problems")
-        (gain, error), (before, after) = mean_error([b - a for a, b in over]), map(fmean, zip(*means.values()))
-        stderr = None if math.isnan(error) else error
-        results[part] = {"seed": before, "best": after, "gain": gain, "stderr": stderr, "domains": means}
-        remark = "optimistic: the search chose by it" if part == "holdout" else "never touched before"
+        (gain, se), (before, after) = mean_error([b - a for a, b in over]), map(fmean, zip(*means.values()))
+        results[part] = dict(seed=before, best=after, gain=gain, stderr=None if math.isnan(se) else se, domains=means)
         text += (f"{part.capitalize()} ({remark}): {before:.3f} -> {after:.3f}, "
-                 f"gain {gain:+.3f} ± {error:.3f} (paired, over {of})\n")
+                 f"gain {gain:+.3f} ± {se:.3f} (paired, over {of})\n")
     results["cost"] = {role: {"answers": m.calls, "tokens read": m.prompt_tokens, "tokens written": m.completion_tokens}
                        for role, m in (("solver", solver), ("editor", editor))}
     write_text(out / "results.json", json.dumps(results, indent=1))

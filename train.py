@@ -579,24 +579,12 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
 
     Calls and tokens are upper bounds. The time is a guess from 2 operations per weight and token at a usual speed.
     """
-    # The longest prompts: the problem that takes most room, with edits and answers as long as they may get.
-    longest = max((p for d in train + test for p in task.problems(d)), key=lambda p: len(str(task.solve_chat("", p))))
-    rules, reply = "word " * s.editor_tokens, "word " * s.solver_tokens
-    seen = [data.Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
-    chats = task.solve_chat(rules, longest), evolve.edit_chat(task, model, rules, seen, s.max_prompt_tokens)[0]
-    solving, editing = (evolve.count_tokens(model, x) + n for x, n in zip(chats, (s.solver_tokens, s.editor_tokens)))
-    # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
     weights, odd = (sum(map(f, model.model.parameters())) for f in (torch.numel, lambda p: not p.isfinite().all()))
-    room = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
-    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
-    least, reads = min(s.states, s.group, s.test, s.micro_batch, s.save_every), evolve.context(model)
     faults = {
-        "--states, --group, --test, --micro-batch and --save-every must be 1 or more.": least < 1,
+        "--states, --group, --test, --micro-batch and --save-every must be 1 or more.":
+            min(s.states, s.group, s.test, s.micro_batch, s.save_every) < 1,
         f"--states {s.states} cannot be shared by {world()} processes: choose a multiple.": s.states % world(),
-        f"The model reads {reads} tokens, a prompt and its answer take up to {solving} (solver) or {editing} (editor): "
-        "choose smaller --solver-tokens or --editor-tokens.": 0 < reads < max(solving, editing),
         f"{s.model} holds weights that are not finite.": odd,
-        f"{out} needs {room / 1e9:.1f} GB for checkpoints and {free / 1e9:.1f} are free: make room.": free < room,
     }
     if any(faults.values()):
         raise ValueError(" ".join(sentence for sentence, found in faults.items() if found))
@@ -605,9 +593,12 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
     answers = (grown * (one + s.grow_rounds * (s.k + one)) + s.states * (one + s.steps * (s.k + s.group * one))
                + 2 * len(test) * (one + s.rounds * (s.k + one) + 2 * s.test * s.samples))
     edits = grown * s.grow_rounds + s.steps * s.states * s.group + 2 * len(test) * s.rounds
-    tokens, speed = answers * solving + edits * editing, world() * (5e13 if torch.cuda.is_available() else 1e10)
-    return (f"Plan: up to {answers:,} answers, {edits:,} edits and {tokens / 1e6:,.1f} M tokens; {room / 1e6:,.0f} MB "
-            f"of disk; very roughly {2 * weights * tokens / speed / 60:,.0f} minutes.")
+    # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
+    size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
+    problems = [problem for d in train + test for problem in task.problems(d)]
+    needs, tokens = evolve.afford(task, (model, model), (answers, edits), problems, s, out, size)
+    minutes = 2 * weights * tokens / world() / (5e13 if torch.cuda.is_available() else 1e10) / 60
+    return f"Plan: very roughly {minutes:,.0f} minutes\n  {needs}"
 
 
 def main(s: Config) -> dict | None:
