@@ -265,6 +265,16 @@ def failures(summary: list[Answer], most: int = 6) -> str:
     return "\n\n".join("\n".join(cut(text, 1500) for text in fields) for fields in parts) or "(none)"
 
 
+def add_lesson(instructions: str, lesson: str) -> str:
+    """Reflexion's instructions: what they begin with, and under it the last LESSONS lessons, a line each.
+
+    >>> add_lesson("Be brief.\\nLesson: Join by id.", "Round \\n to cents.")
+    'Be brief.\\nLesson: Join by id.\\nLesson: Round to cents.'
+    """
+    head, *lessons = instructions.split("\nLesson: ")
+    return "\nLesson: ".join([head, *[*lessons, " ".join(lesson.split())][-LESSONS:]])
+
+
 def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]], s: Settings) -> list[tuple]:
     """One edit per job (old instructions, summary): (new instructions or None, why not, what the editor wrote).
 
@@ -280,13 +290,9 @@ def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]],
         chats = [edit_chat(task, editor, old, summary, s.max_prompt_tokens)[0] for old, summary in jobs]
     if method == "reflexion":
         chats = [[*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + "\n\n" + LESSON}] for chat in chats]
-    edits = []
-    for (old, _), (sample,) in zip(jobs, editor.sample(chats, **sampling)):
-        text, note = read_edit(task, sample, tag)
-        if text and method == "reflexion":
-            head, *lessons = old.split("\nLesson: ")
-            text = "\nLesson: ".join([head, *[*lessons, " ".join(text.split())][-LESSONS:]])
-        edits.append((text, note, sample.text))
+    edits = [(*read_edit(task, sample, tag), sample.text) for (sample,) in editor.sample(chats, **sampling)]
+    if method == "reflexion":
+        edits = [(text and add_lesson(old, text), *more) for (old, _), (text, *more) in zip(jobs, edits)]
     return edits
 
 
@@ -333,8 +339,7 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
         # 4. Score it on the holdout. 5. Attach it. An invalid edit costs its round and is recorded with the reason.
         valid = [d for d in trees if edits[d][0] is not None]
         scores = dict(zip(valid, score_all(task, solver, [(edits[d][0], splits[d]["holdout"]) for d in valid], s)))
-        for d, summary in zip(trees, summaries):
-            text, note, wrote = edits[d]
+        for (d, (text, note, wrote)), summary in zip(edits.items(), summaries):
             score = fmean(scores[d]) if d in scores else None
             if method == "textgrad" and score is not None and score < parents[d].score:  # equal is kept
                 score, note = None, f"reverted: the holdout score fell from {parents[d].score:.3f} to {score:.3f}"
