@@ -72,6 +72,13 @@ class Settings:
     top_p: float | None = option(None, "nucleus of the solver, and of the editor at test time")
     top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
     max_prompt_tokens: int = option(0, "longest editor prompt: problems are left out to fit; 0: what the model reads")
+    max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
+    # How a script runs, and where.
+    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
+    out: str = option("", "the run's folder; empty: runs/<task>, of evolve.py runs/<task>-evolve")
+    resume: bool = option(False, "go on from the last finished step or round of the run in --out")
+    overwrite: bool = option(False, "delete the run in --out first")
+    dry_run: bool = option(False, "check everything that can be checked, print the plan and its cost, and stop")
 
 
 PRESETS = {  # what a field left at None becomes
@@ -585,18 +592,11 @@ class Config(Settings):
     solver_model: str = option("", "the solver's name on its server; empty: the first that the server lists")
     editor_model: str = option("", "the editor's name on its server; empty: the first that the server lists")
     # What.
-    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
     method: Literal["lse", "textgrad", "gepa", "reflexion"] = option("lse", "lse, or a baseline in the same loop")
     domains: str = option("", "domains by name, separated by commas, or how many of the test domains; empty: all")
     compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as a table")
     seeds: int = option(3, "seeds of --compare")
     paper_protocol: bool = option(False, "the paper's values where you give none: holdout 50 x 8, T = 25, k = 10")
-    max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
-    # Where.
-    out: str = option("", "the run's folder; empty: runs/<task>-evolve")
-    resume: bool = option(False, "go on where the trees in --out stand")
-    overwrite: bool = option(False, "delete the run in --out first")
-    dry_run: bool = option(False, "check everything that can be checked, print the plan and its cost, and stop")
 
 
 def open_run(s, out: Path, free: list[str], look: bool = False) -> None:

@@ -52,10 +52,8 @@ class Config(Settings):
     """Everything that can be set. `--help` prints these words."""
 
     model: str = option("", "checkpoint folder or hub name of solver and editor; empty: warm up a tiny one (mini only)")
-    out: str = option("", "the run's folder; empty: runs/<task>")
     advantage: Literal["delta", "grpo", "score", "line", "node", "batch"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages")
-    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "search rule of growing and of the evaluation")
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")
     group: int | None = option(None, "G, edits sampled per start state")
@@ -65,11 +63,7 @@ class Config(Settings):
     skip_small: bool = option(False, "leave out domains with too few problems instead of stopping")
     micro_batch: int = option(8, "groups per forward and backward pass; 1 needs the least memory")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: for long prompts")
-    max_batch_tokens: int = option(65536, "tokens per batch of generation, padding and new tokens included")
     save_every: int = option(1, "steps between checkpoints (a 4B model writes 48 GB each)")
-    dry_run: bool = option(False, "check everything that can be checked, print the plan, and stop")
-    resume: bool = option(False, "go on from the last finished step of the run in --out")
-    overwrite: bool = option(False, "delete the run in --out first")
     warmup_seed: int = option(0, "seed of the miniature's base model")
     hidden: int = option(64, "width of the miniature's base model")
     patience: float = option(1.0, "scales the longest that the lessons of the warm-up may take (tests: 0.01)")
