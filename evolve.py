@@ -822,11 +822,19 @@ def command_line(config: type, doc: str):
     return config(**vars(HfArgumentParser(config, description=doc, formatter_class=layout).parse_args()))
 
 
-if __name__ == "__main__":
+def start(main, config: type, doc: str) -> None:
+    """A script from the shell: main(config), and what ends it early is said in a sentence instead of a traceback."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not cost a run its last lines
     try:
-        main(command_line(Config, __doc__))
-    except (ValueError, OSError) as error:  # wrong paths and values, a lost server: a sentence, no traceback
-        raise SystemExit(f"evolve.py: {error}") from None
+        main(command_line(config, doc))
+    except (ValueError, OSError) as error:  # wrong paths and values, a lost server
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"{error} Try a smaller --max-batch-tokens; to train, --gradient-checkpointing and "
+                         "--micro-batch 1.") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. All finished rounds are saved: run the same command with --resume.") from None
+        raise SystemExit("\nStopped. What is finished is saved: run the same command with --resume.") from None
+
+
+if __name__ == "__main__":
+    start(main, Config, __doc__)

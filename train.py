@@ -25,7 +25,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -656,12 +655,4 @@ def main(s: Config) -> dict | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not cost a run its last lines
-    try:
-        main(evolve.command_line(Config, __doc__))
-    except (ValueError, OSError) as error:  # wrong paths and values: a sentence, no traceback
-        raise SystemExit(f"train.py: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"{error} Try --gradient-checkpointing and --micro-batch 1.") from None
-    except KeyboardInterrupt:
-        raise SystemExit("\nStopped. Go on from the last checkpoint with the same command and --resume.") from None
+    evolve.start(main, Config, __doc__)
