@@ -101,6 +101,8 @@ def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote:
     ValueError names what no run could work with.
     """
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
+    if kind == "rehearsal":
+        print("No GPU here: what you do not set is a rehearsal's. Every line of code runs, and nothing can be learned.")
     given = {name: value for name, value in asdict(settings).items() if value is not None}
     s = replace(settings, **PRESETS[kind] | presets[kind] | given)
     for name, value in asdict(s).items():
@@ -790,10 +792,7 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
     presets = dict.fromkeys(PRESETS, PRESETS["paper"] | {"test": 0}) if s.paper_protocol else PRESETS
-    remote = "://" in s.solver and "://" in s.editor
-    if not (remote or s.task == "mini" or torch.cuda.is_available()):
-        print("No GPU here for a local model: what you do not set is a rehearsal's, and nothing can be learned.")
-    s = with_presets(s, presets, remote)
+    s = with_presets(s, presets, remote="://" in s.solver and "://" in s.editor)
     task, out = load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}-evolve")
     splits = {d: split_problems(task.problems(d), s) for d in pick_domains(task, s.domains)}
     rule = search_rule(task, s.method, s.search)

@@ -607,8 +607,6 @@ def main(s: Config) -> dict | None:
     task, out = data.load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}")
     if s.task != "mini" and not s.model:
         raise SystemExit(f"--task {s.task} needs --model, a checkpoint folder or hub name: only mini makes its own.")
-    if s.task != "mini" and not torch.cuda.is_available():
-        say("No GPU here: a rehearsal with small numbers. Every line of code runs, and nothing can be learned.")
     train, test, tokenizer = enough_problems(task, "train", s), enough_problems(task, "test", s), data.mini_tokenizer()
     solver = evolve.load_model(s.model, s.max_batch_tokens) if s.model else LocalModel(tiny_qwen3(tokenizer), tokenizer)
     say(check(task, solver, s, out, train, test))

@@ -582,7 +582,7 @@ def test_a_solver_on_a_server_and_an_editor_here(checkpoints: Path, tmp_path: Pa
     Path("own.jsonl").write_text("\n".join(json.dumps({"question": f"Say {i}!", "answer": i}) for i in range(12)))
     with serve(lambda messages, _: f"<answer>{re.search('Say (.*)!', messages[-1]['content'])[1]}</answer>") as server:
         evolve.main(Config(task="jsonl", data="own.jsonl", solver=server.url, editor=str(checkpoints / "wide")))
-    assert "No GPU here for a local model: what you do not set is a rehearsal's" in capsys.readouterr().out
+    assert "No GPU here: what you do not set is a rehearsal's" in capsys.readouterr().out
     results = json.loads(Path("runs/jsonl-evolve/results.json").read_text())
     assert results["test"]["best"] == 1.0 and results["cost"]["editor"]["answers"] == 2
 

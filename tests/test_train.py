@@ -489,7 +489,7 @@ def test_a_rehearsal_of_a_real_task_runs_through(command, real_base, tmp_path, t
     out = tmp_path / "run"
     code, said = command(*flags(task=task, data=SHARED / folder, model=real_base, out=out, **SHORTER))
     assert code is None, code
-    assert "No GPU here: a rehearsal with small numbers." in said
+    assert "No GPU here: what you do not set is a rehearsal's." in said
     assert "So its edits are invalid or worth nothing" in said and domain in said
     results = json.loads((out / "results.json").read_text())
     assert results["trained"]["test_accuracy"] == results["untrained"]["test_accuracy"] == 0.0
