@@ -31,7 +31,7 @@ import re
 import shutil
 import sys
 from copy import copy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import fmean, stdev
@@ -72,6 +72,13 @@ class Settings:
     top_p: float | None = option(None, "nucleus of the solver, and of the editor at test time")
     top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
     max_prompt_tokens: int = option(0, "longest editor prompt: problems are left out to fit; 0: what the model reads")
+    max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
+    # How a script runs, and where.
+    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
+    out: str = option("", "the run's folder; empty: runs/<task>, of evolve.py runs/<task>-evolve")
+    resume: bool = option(False, "go on from the last finished step or round of the run in --out")
+    overwrite: bool = option(False, "delete the run in --out first")
+    dry_run: bool = option(False, "check everything that can be checked, print the plan and its cost, and stop")
 
 
 PRESETS = {  # what a field left at None becomes
@@ -94,8 +101,10 @@ def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote:
     ValueError names what no run could work with.
     """
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
-    values = PRESETS[kind] | presets[kind]
-    s = replace(settings, **{f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None})
+    if kind == "rehearsal":
+        print("No GPU here: what you do not set is a rehearsal's. Every line of code runs, and nothing can be learned.")
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    s = replace(settings, **PRESETS[kind] | presets[kind] | given)
     for name, value in asdict(s).items():
         least = name in ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")  # 1, else 0
         if isinstance(value, (int, float)) and (value < least or name == "top_p" and not 0 < value <= 1):
@@ -183,15 +192,10 @@ def solve(task, solver, instructions: str, problems: list[Problem], samples: int
     return solve_all(task, solver, [(instructions, problems)], samples, **sampling)[0]
 
 
-def problem_scores(answers: list[Answer], samples: int) -> list[float]:
-    """Share of right answers per problem; their mean is R̄ (eq. 4)."""
-    right = [float(a.correct) for a in answers]
-    return [fmean(right[i : i + samples]) for i in range(0, len(right), samples)]
-
-
 def score_all(task, solver, jobs: list[tuple[str, list[Problem]]], s: Settings) -> list[list[float]]:
-    """R̄ of many instructions at once, as one list of per-problem scores per job."""
-    return [problem_scores(a, s.samples) for a in solve_all(task, solver, jobs, s.samples, **solver_sampling(s))]
+    """Per job, the share of right answers to each problem; the mean of a job's shares is R̄ (eq. 4)."""
+    return [[fmean(a.correct for a in answers[i : i + s.samples]) for i in range(0, len(answers), s.samples)]
+            for answers in solve_all(task, solver, jobs, s.samples, **solver_sampling(s))]
 
 
 def count_tokens(model, chat: list[dict]) -> int:
@@ -270,6 +274,16 @@ def failures(summary: list[Answer], most: int = 6) -> str:
     return "\n\n".join("\n".join(cut(text, 1500) for text in fields) for fields in parts) or "(none)"
 
 
+def add_lesson(instructions: str, lesson: str) -> str:
+    """Reflexion's instructions: what they begin with, and under it the last LESSONS lessons, a line each.
+
+    >>> add_lesson("Be brief.\\nLesson: Join by id.", "Round \\n to cents.")
+    'Be brief.\\nLesson: Join by id.\\nLesson: Round to cents.'
+    """
+    head, *lessons = instructions.split("\nLesson: ")
+    return "\nLesson: ".join([head, *[*lessons, " ".join(lesson.split())][-LESSONS:]])
+
+
 def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]], s: Settings) -> list[tuple]:
     """One edit per job (old instructions, summary): (new instructions or None, why not, what the editor wrote).
 
@@ -285,13 +299,9 @@ def write_edits(task, editor, method: str, jobs: list[tuple[str, list[Answer]]],
         chats = [edit_chat(task, editor, old, summary, s.max_prompt_tokens)[0] for old, summary in jobs]
     if method == "reflexion":
         chats = [[*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + "\n\n" + LESSON}] for chat in chats]
-    edits = []
-    for (old, _), (sample,) in zip(jobs, editor.sample(chats, **sampling)):
-        text, note = read_edit(task, sample, tag)
-        if text and method == "reflexion":
-            head, *lessons = old.split("\nLesson: ")
-            text = "\nLesson: ".join([head, *[*lessons, " ".join(text.split())][-LESSONS:]])
-        edits.append((text, note, sample.text))
+    edits = [(*read_edit(task, sample, tag), sample.text) for (sample,) in editor.sample(chats, **sampling)]
+    if method == "reflexion":
+        edits = [(text and add_lesson(old, text), *more) for (old, _), (text, *more) in zip(jobs, edits)]
     return edits
 
 
@@ -309,7 +319,7 @@ def plant(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionT
 
 
 def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Settings, search: str = "ucb",
-               method: str = "lse", on_round=None, progress: str = "") -> dict[str, EvolutionTree]:
+               method: str = "lse", on_round=lambda trees: None, progress: str = "") -> dict[str, EvolutionTree]:
     """Grow every domain's tree to `s.rounds` rounds, all in step, so that each model call is one large batch.
 
     Each round adds one node to each tree, so an interrupted run goes on where the trees stand. A baseline brings its
@@ -338,14 +348,12 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
         # 4. Score it on the holdout. 5. Attach it. An invalid edit costs its round and is recorded with the reason.
         valid = [d for d in trees if edits[d][0] is not None]
         scores = dict(zip(valid, score_all(task, solver, [(edits[d][0], splits[d]["holdout"]) for d in valid], s)))
-        for d, summary in zip(trees, summaries):
-            text, note, wrote = edits[d]
+        for (d, (text, note, wrote)), summary in zip(edits.items(), summaries):
             score = fmean(scores[d]) if d in scores else None
             if method == "textgrad" and score is not None and score < parents[d].score:  # equal is kept
                 score, note = None, f"reverted: the holdout score fell from {parents[d].score:.3f} to {score:.3f}"
             trees[d].add(parents[d], text or wrote, score, scores.get(d), [asdict(a) for a in summary], note)
-        if on_round:
-            on_round(trees)
+        on_round(trees)
     return trees
 
 
@@ -562,18 +570,11 @@ class Config(Settings):
     solver_model: str = option("", "the solver's name on its server; empty: the first that the server lists")
     editor_model: str = option("", "the editor's name on its server; empty: the first that the server lists")
     # What.
-    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
     method: Literal["lse", "textgrad", "gepa", "reflexion"] = option("lse", "lse, or a baseline in the same loop")
     domains: str = option("", "domains by name, separated by commas, or how many of the test domains; empty: all")
     compare: bool = option(False, "untrained (the solver) and trained editor x all methods, as a table")
     seeds: int = option(3, "seeds of --compare")
     paper_protocol: bool = option(False, "the paper's values where you give none: holdout 50 x 8, T = 25, k = 10")
-    max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
-    # Where.
-    out: str = option("", "the run's folder; empty: runs/<task>-evolve")
-    resume: bool = option(False, "go on where the trees in --out stand")
-    overwrite: bool = option(False, "delete the run in --out first")
-    dry_run: bool = option(False, "check everything that can be checked, print the plan and its cost, and stop")
 
 
 def open_run(s, out: Path, free: list[str], look: bool = False) -> None:
@@ -640,38 +641,45 @@ def pick_domains(task, wanted: str) -> list[str]:
     return names
 
 
-def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
-    """What the run will ask for at most, in a few lines.
+def afford(task, models, calls: tuple[int, int], problems, s: Settings, out: Path, size: float) -> tuple[str, int]:
+    """What a run asks for at most: in words, and its tokens in all. ValueError if a context or the disk is too small.
 
-    Everything that can be checked without asking a model is checked by now, the last of it here: the grader, the
-    longest prompts, room on the disk. So nothing fails after hours that could have failed at once. ValueError says how.
+    `models` are solver and editor, `calls` their numbers of answers, `size` the bytes that `out` may grow by. With what
+    was checked before, the grader here, nothing fails after hours that could have failed before the first model call.
     """
-    longest = max((problem for parts in splits.values() for part in parts.values() for problem in part),
-                  key=lambda problem: len(str(task.solve_chat("", problem))))
+    longest = max(problems, key=lambda problem: len(str(task.solve_chat("", problem))))
     task.grade(longest, "")
-    seen = [Answer(longest.id, longest.question, longest.gold, longest.gold, longest.gold, False)] * s.k
-    trees = len(splits) * (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1)
-    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
-    held, tested = (s.samples * max(len(parts[name]) for parts in splits.values()) for name in ("holdout", "test"))
-    answers = trees * (held + s.rounds * (s.k * (1 + (s.compare or s.method == "gepa")) + held) + 2 * tested)
-    edits = trees * s.rounds * (1 + (s.compare or s.method == "textgrad"))
-    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
-    lines = [f"{trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"]
-    for role, model, calls, chat in (
-            ("solver", solver, answers, task.solve_chat(task.seed_instructions, longest)),
-            ("editor", editor, edits, edit_chat(task, editor, task.seed_instructions, seen, s.max_prompt_tokens)[0])):
-        # Instructions may become as long as an edit. Beyond its context a model answers nonsense without a warning.
-        prompt, new = count_tokens(model, chat) + s.editor_tokens, getattr(s, f"{role}_tokens")
-        if 0 < context(model) < prompt + new:
-            raise ValueError(f"The {role} reads {context(model)} tokens, too little for a prompt of {prompt}, with "
-                             f"instructions of {s.editor_tokens} (--editor-tokens), and {new} more (--{role}-tokens).")
-        lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {calls:,} answers, "
-                     f"{calls * prompt:,} tokens to read and {calls * new:,} to write")
-    size = 2 * edits * (s.k * (len(longest.question) + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)
+    # The longest prompts: of instructions and answers, too, as many words as an edit and an answer may have tokens.
+    rules, reply = task.seed_instructions + " word" * s.editor_tokens, "word " * s.solver_tokens
+    seen = [Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
+    chats = task.solve_chat(rules, longest), edit_chat(task, models[1], rules, seen, s.max_prompt_tokens)[0]
+    lines, tokens = [], 0
+    for role, model, chat, asked in zip(("solver", "editor"), models, chats, calls):
+        prompt, new, reads = count_tokens(model, chat), getattr(s, f"{role}_tokens"), context(model)
+        if 0 < reads < prompt + new:  # beyond its context a model answers nonsense without a warning
+            raise ValueError(f"The {role} reads {reads} tokens, too little for a prompt of {prompt}, with instructions "
+                             f"of {s.editor_tokens} (--editor-tokens), and {new} more (--{role}-tokens).")
+        tokens += asked * (prompt + new)
+        lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {asked:,} answers, "
+                     f"{asked * prompt:,} tokens to read and {asked * new:,} to write")
     free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
     if free < size:
-        raise ValueError(f"{out} may grow to {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
-    return "\n  ".join(["Plan", *lines, f"up to {size / 1e6:,.1f} MB in {out}"])
+        raise ValueError(f"{out} may grow by {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
+    return "\n  ".join([*lines, f"up to {size / 1e6:,.1f} MB in {out}"]), tokens
+
+
+def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
+    """How many trees, and what they cost at most, in a few lines. ValueError as `afford`."""
+    trees = len(splits) * (s.seeds * 2 * (2 + len(methods(task))) if s.compare else 1)
+    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
+    batches, score = s.k * (1 + (s.compare or s.method == "gepa")), s.holdout * s.samples
+    answers = trees * (score + s.rounds * (batches + score) + 2 * s.test * s.samples)
+    edits = trees * s.rounds * (1 + (s.compare or s.method == "textgrad"))
+    size = 2 * edits * (s.k * (5 * s.solver_tokens + 4000) + 5 * s.editor_tokens)  # a node keeps what the editor saw
+    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
+    problems = [problem for parts in splits.values() for part in parts.values() for problem in part]
+    return (f"Plan\n  {trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"
+            "\n  " + afford(task, (solver, editor), (answers, edits), problems, s, out, size)[0])
 
 
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
@@ -679,19 +687,17 @@ def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
 
     One that was killed while saving has left some trees a round ahead of the others: they are cut back.
     """
-    files = [folder / f"{tree_name(d)}.json" for d in domains]
-    if not all(file.exists() for file in files):
-        return {}
     try:
-        trees = dict(zip(domains, map(EvolutionTree.load, files)))
+        trees = {d: EvolutionTree.load(folder / f"{tree_name(d)}.json") for d in domains}
+    except FileNotFoundError:
+        return {}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} holds a file that is no tree ({error}): start over with --overwrite.") from None
-    rounds = min(len(tree.nodes) for tree in trees.values())
+    size = min(len(tree.nodes) for tree in trees.values())  # a round is a node more than the seed's
     for tree in trees.values():
-        for node in tree.nodes[rounds:]:
+        for node in tree.nodes[size:]:
             tree.nodes[node.parent].visits -= 1
-            tree.rounds -= 1
-        del tree.nodes[rounds:]
+        tree.rounds, tree.nodes = size - 1, tree.nodes[:size]
     return trees
 
 
@@ -716,16 +722,15 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     for label, model in (("untrained", copy(solver)), ("trained", editor)):  # a copy counts for itself
         for method, search in [("lse", "chain"), ("lse", "best"), *((method, "ucb") for method in methods(task))]:
             name = f"{label} | {method} ({search_rule(task, method, search)})"
-            calls, means = solver.calls, {d: [] for d in domains}  # per seed: holdout best, test, test of the seed
+            calls, rows = solver.calls, []  # rows[seed][domain]: holdout best, test, test of the seed instructions
             for seed in range(s.seed, s.seed + s.seeds):
                 own = replace(s, seed=seed)
                 trees = plant(task, domains, solver, own)
                 evolve_all(task, trees, solver, model, own, search, method, progress=f"{name}, seed {seed}")
                 tested = final_test(task, trees, solver, own) if s.test else dict.fromkeys(trees, ())
-                for d, tree in trees.items():
-                    means[d].append((tree.best().score, *(fmean(scores) for scores in tested[d][::-1])))
+                rows.append([[fmean(x) for x in (tree.best().scores, *tested[d][::-1])] for d, tree in trees.items()])
             runs[name] = trees[domains[0]]
-            columns = zip(*([fmean(column) for column in zip(*seeds)] for seeds in means.values()))
+            columns = torch.tensor(rows, dtype=torch.float64).mean(0).T.tolist()  # (seeds, domains, 3) -> (3, domains)
             cells = ["{:.3f} ± {:.3f}".format(*mean_error(column)) for column in columns] + ["–", "–"]
             table.append(f"| {name} | {' | '.join(cells[:3])} | {(solver.calls - calls) // s.seeds:,} |")
             print(table[-1], flush=True)
@@ -742,15 +747,13 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
     parts = {"holdout": {d: (tree.nodes[0].scores, tree.best().scores) for d, tree in trees.items()}}
     parts |= {"test": final_test(task, trees, solver, s)} if s.test else {}
     results, text = {"config": asdict(s), "instructions": {d: t.best().instructions for d, t in trees.items()}}, ""
-    for part, pairs in parts.items():
+    for (part, pairs), remark in zip(parts.items(), ("optimistic: the search chose by it", "never touched before")):
         means = {d: [fmean(scores) for scores in pair] for d, pair in pairs.items()}  # domain -> [before, after]
         over, of = (means.values(), "domains") if len(means) > 1 else (zip(*[*pairs.values()][0]), "problems")
-        (gain, error), (before, after) = mean_error([b - a for a, b in over]), map(fmean, zip(*means.values()))
-        stderr = None if math.isnan(error) else error
-        results[part] = {"seed": before, "best": after, "gain": gain, "stderr": stderr, "domains": means}
-        remark = "optimistic: the search chose by it" if part == "holdout" else "never touched before"
+        (gain, se), (before, after) = mean_error([b - a for a, b in over]), map(fmean, zip(*means.values()))
+        results[part] = dict(seed=before, best=after, gain=gain, stderr=None if math.isnan(se) else se, domains=means)
         text += (f"{part.capitalize()} ({remark}): {before:.3f} -> {after:.3f}, "
-                 f"gain {gain:+.3f} ± {error:.3f} (paired, over {of})\n")
+                 f"gain {gain:+.3f} ± {se:.3f} (paired, over {of})\n")
     results["cost"] = {role: {"answers": m.calls, "tokens read": m.prompt_tokens, "tokens written": m.completion_tokens}
                        for role, m in (("solver", solver), ("editor", editor))}
     write_text(out / "results.json", json.dumps(results, indent=1))
@@ -765,10 +768,7 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
     presets = dict.fromkeys(PRESETS, PRESETS["paper"] | {"test": 0}) if s.paper_protocol else PRESETS
-    remote = "://" in s.solver and "://" in s.editor
-    if not (remote or s.task == "mini" or torch.cuda.is_available()):
-        print("No GPU here for a local model: what you do not set is a rehearsal's, and nothing can be learned.")
-    s = with_presets(s, presets, remote)
+    s = with_presets(s, presets, remote="://" in s.solver and "://" in s.editor)
     task, out = load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}-evolve")
     splits = {d: split_problems(task.problems(d), s) for d in pick_domains(task, s.domains)}
     rule = search_rule(task, s.method, s.search)
@@ -797,11 +797,19 @@ def command_line(config: type, doc: str):
     return config(**vars(HfArgumentParser(config, description=doc, formatter_class=layout).parse_args()))
 
 
-if __name__ == "__main__":
+def start(main, config: type, doc: str) -> None:
+    """A script from the shell: main(config), and what ends it early is said in a sentence instead of a traceback."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not cost a run its last lines
     try:
-        main(command_line(Config, __doc__))
-    except (ValueError, OSError) as error:  # wrong paths and values, a lost server: a sentence, no traceback
-        raise SystemExit(f"evolve.py: {error}") from None
+        main(command_line(config, doc))
+    except (ValueError, OSError) as error:  # wrong paths and values, a lost server
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"{error} Try a smaller --max-batch-tokens; to train, --gradient-checkpointing and "
+                         "--micro-batch 1.") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. All finished rounds are saved: run the same command with --resume.") from None
+        raise SystemExit("\nStopped. What is finished is saved: run the same command with --resume.") from None
+
+
+if __name__ == "__main__":
+    start(main, Config, __doc__)

@@ -25,7 +25,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,10 +51,8 @@ class Config(Settings):
     """Everything that can be set. `--help` prints these words."""
 
     model: str = option("", "checkpoint folder or hub name of solver and editor; empty: warm up a tiny one (mini only)")
-    out: str = option("", "the run's folder; empty: runs/<task>")
     advantage: Literal["delta", "grpo", "score", "line", "node", "batch"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages")
-    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "search rule of growing and of the evaluation")
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")
     group: int | None = option(None, "G, edits sampled per start state")
@@ -65,11 +62,7 @@ class Config(Settings):
     skip_small: bool = option(False, "leave out domains with too few problems instead of stopping")
     micro_batch: int = option(8, "groups per forward and backward pass; 1 needs the least memory")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: for long prompts")
-    max_batch_tokens: int = option(65536, "tokens per batch of generation, padding and new tokens included")
     save_every: int = option(1, "steps between checkpoints (a 4B model writes 48 GB each)")
-    dry_run: bool = option(False, "check everything that can be checked, print the plan, and stop")
-    resume: bool = option(False, "go on from the last finished step of the run in --out")
-    overwrite: bool = option(False, "delete the run in --out first")
     warmup_seed: int = option(0, "seed of the miniature's base model")
     hidden: int = option(64, "width of the miniature's base model")
     patience: float = option(1.0, "scales the longest that the lessons of the warm-up may take (tests: 0.01)")
@@ -579,24 +572,12 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
 
     Calls and tokens are upper bounds. The time is a guess from 2 operations per weight and token at a usual speed.
     """
-    # The longest prompts: the problem that takes most room, with edits and answers as long as they may get.
-    longest = max((p for d in train + test for p in task.problems(d)), key=lambda p: len(str(task.solve_chat("", p))))
-    rules, reply = "word " * s.editor_tokens, "word " * s.solver_tokens
-    seen = [data.Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
-    chats = task.solve_chat(rules, longest), evolve.edit_chat(task, model, rules, seen, s.max_prompt_tokens)[0]
-    solving, editing = (evolve.count_tokens(model, x) + n for x, n in zip(chats, (s.solver_tokens, s.editor_tokens)))
-    # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
     weights, odd = (sum(map(f, model.model.parameters())) for f in (torch.numel, lambda p: not p.isfinite().all()))
-    room = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
-    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
-    least, reads = min(s.states, s.group, s.test, s.micro_batch, s.save_every), evolve.context(model)
     faults = {
-        "--states, --group, --test, --micro-batch and --save-every must be 1 or more.": least < 1,
+        "--states, --group, --test, --micro-batch and --save-every must be 1 or more.":
+            min(s.states, s.group, s.test, s.micro_batch, s.save_every) < 1,
         f"--states {s.states} cannot be shared by {world()} processes: choose a multiple.": s.states % world(),
-        f"The model reads {reads} tokens, a prompt and its answer take up to {solving} (solver) or {editing} (editor): "
-        "choose smaller --solver-tokens or --editor-tokens.": 0 < reads < max(solving, editing),
         f"{s.model} holds weights that are not finite.": odd,
-        f"{out} needs {room / 1e9:.1f} GB for checkpoints and {free / 1e9:.1f} are free: make room.": free < room,
     }
     if any(faults.values()):
         raise ValueError(" ".join(sentence for sentence, found in faults.items() if found))
@@ -605,9 +586,12 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
     answers = (grown * (one + s.grow_rounds * (s.k + one)) + s.states * (one + s.steps * (s.k + s.group * one))
                + 2 * len(test) * (one + s.rounds * (s.k + one) + 2 * s.test * s.samples))
     edits = grown * s.grow_rounds + s.steps * s.states * s.group + 2 * len(test) * s.rounds
-    tokens, speed = answers * solving + edits * editing, world() * (5e13 if torch.cuda.is_available() else 1e10)
-    return (f"Plan: up to {answers:,} answers, {edits:,} edits and {tokens / 1e6:,.1f} M tokens; {room / 1e6:,.0f} MB "
-            f"of disk; very roughly {2 * weights * tokens / speed / 60:,.0f} minutes.")
+    # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
+    size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
+    problems = [problem for d in train + test for problem in task.problems(d)]
+    needs, tokens = evolve.afford(task, (model, model), (answers, edits), problems, s, out, size)
+    minutes = 2 * weights * tokens / world() / (5e13 if torch.cuda.is_available() else 1e10) / 60
+    return f"Plan: very roughly {minutes:,.0f} minutes\n  {needs}"
 
 
 def main(s: Config) -> dict | None:
@@ -623,8 +607,6 @@ def main(s: Config) -> dict | None:
     task, out = data.load_task(s.task, s.data or None), Path(s.out or f"runs/{s.task}")
     if s.task != "mini" and not s.model:
         raise SystemExit(f"--task {s.task} needs --model, a checkpoint folder or hub name: only mini makes its own.")
-    if s.task != "mini" and not torch.cuda.is_available():
-        say("No GPU here: a rehearsal with small numbers. Every line of code runs, and nothing can be learned.")
     train, test, tokenizer = enough_problems(task, "train", s), enough_problems(task, "test", s), data.mini_tokenizer()
     solver = evolve.load_model(s.model, s.max_batch_tokens) if s.model else LocalModel(tiny_qwen3(tokenizer), tokenizer)
     say(check(task, solver, s, out, train, test))
@@ -671,12 +653,4 @@ def main(s: Config) -> dict | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not cost a run its last lines
-    try:
-        main(evolve.command_line(Config, __doc__))
-    except (ValueError, OSError) as error:  # wrong paths and values: a sentence, no traceback
-        raise SystemExit(f"train.py: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"{error} Try --gradient-checkpointing and --micro-batch 1.") from None
-    except KeyboardInterrupt:
-        raise SystemExit("\nStopped. Go on from the last checkpoint with the same command and --resume.") from None
+    evolve.start(main, Config, __doc__)

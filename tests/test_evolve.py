@@ -169,9 +169,12 @@ def test_answers_come_back_by_job_and_problem_with_all_samples_together() -> Non
 
 
 def test_scores_are_shares_per_problem() -> None:
-    right = [answer("q", correct) for correct in (True, False, True, True, False, False)]
-    assert evolve.problem_scores(right, 2) == [0.5, 1.0, 0.0]
-    assert evolve.problem_scores(right, 3) == [2 / 3, 1 / 3]
+    right = iter([True, False, True, True, False, False] * 2)
+    task, jobs = Toy(a=5), [("", Toy(a=5).problems("a")[:3])]
+    task.grade = lambda *_: Grade(next(right), "")
+    assert evolve.score_all(task, Scribe(lambda _: ""), jobs, settings(samples=2)) == [[0.5, 1.0, 0.0]]
+    jobs[0][1].pop()
+    assert evolve.score_all(task, Scribe(lambda _: ""), jobs, settings(samples=3)) == [[2 / 3, 1 / 3]]
 
 
 class Words(Scribe):
@@ -579,7 +582,7 @@ def test_a_solver_on_a_server_and_an_editor_here(checkpoints: Path, tmp_path: Pa
     Path("own.jsonl").write_text("\n".join(json.dumps({"question": f"Say {i}!", "answer": i}) for i in range(12)))
     with serve(lambda messages, _: f"<answer>{re.search('Say (.*)!', messages[-1]['content'])[1]}</answer>") as server:
         evolve.main(Config(task="jsonl", data="own.jsonl", solver=server.url, editor=str(checkpoints / "wide")))
-    assert "No GPU here for a local model: what you do not set is a rehearsal's" in capsys.readouterr().out
+    assert "No GPU here: what you do not set is a rehearsal's" in capsys.readouterr().out
     results = json.loads(Path("runs/jsonl-evolve/results.json").read_text())
     assert results["test"]["best"] == 1.0 and results["cost"]["editor"]["answers"] == 2
 
@@ -647,7 +650,7 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
         evolve.plan(task, splits, Scribe(None), editor, replace(s, editor_tokens=1005), out)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(ValueError, match="nowhere/yet may grow to .* MB, and its disk has 0 left: make room"):
+    with pytest.raises(ValueError, match="nowhere/yet may grow by .* MB, and its disk has 0 left: make room"):
         evolve.plan(task, splits, solver, editor, s, out)
     monkeypatch.undo()
     monkeypatch.setattr(task, "grade", lambda *_: 1 / 0)

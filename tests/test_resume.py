@@ -311,6 +311,6 @@ def test_ctrl_c(zygote, folder, arguments, whole):
     os.kill(pid, signal.SIGINT)
     status, said = zygote.wait()
     assert status == 1 and "Traceback" not in said
-    assert said.splitlines()[-1] == "Stopped. Go on from the last checkpoint with the same command and --resume."
+    assert said.splitlines()[-1] == "Stopped. What is finished is saved: run the same command with --resume."
     status, said = zygote.run(args=[*arguments, "--out", str(out), "--resume"])
     assert status == 0 and end_state(out) == end_state(whole)

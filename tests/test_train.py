@@ -395,7 +395,7 @@ def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeyp
     (dict(states=0), "must be 1 or more"), (dict(test=0), "must be 1 or more"), (dict(k=0), "--k"),
     (dict(states=3, processes=2), "--states 3 cannot be shared by 2 processes"),
     (dict(editor_tokens=1900, solver_tokens=200), "reads 2048 tokens"),
-    (dict(free=100), "GB for checkpoints"), (dict(nan=True), "not finite"),
+    (dict(free=100), "may grow by .* MB, and its disk has 0 left"), (dict(nan=True), "not finite"),
     (dict(model="/no/where"), "No model can be loaded from /no/where"),
     (dict(task="bird"), "needs --data"), (dict(task="mmlu", data="/no/where"), "/no/where does not exist"),
     (dict(task="jsonl", data=__file__, model=""), "needs --model"), (dict(task="chess"), "No task 'chess'"),
@@ -489,7 +489,7 @@ def test_a_rehearsal_of_a_real_task_runs_through(command, real_base, tmp_path, t
     out = tmp_path / "run"
     code, said = command(*flags(task=task, data=SHARED / folder, model=real_base, out=out, **SHORTER))
     assert code is None, code
-    assert "No GPU here: a rehearsal with small numbers." in said
+    assert "No GPU here: what you do not set is a rehearsal's." in said
     assert "So its edits are invalid or worth nothing" in said and domain in said
     results = json.loads((out / "results.json").read_text())
     assert results["trained"]["test_accuracy"] == results["untrained"]["test_accuracy"] == 0.0
