@@ -34,6 +34,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import sqlglot
 from tqdm import tqdm
@@ -375,7 +376,7 @@ def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: flo
 
 
 @functools.lru_cache(maxsize=20_000)
-def gold_result(db: str, gold: str, timeout: float) -> tuple[bool, bytes | str]:
+def gold_result(db: str, gold: str, timeout: float) -> tuple[bool, Any]:
     """(True, its pickled result) or (False, why it fails), once per database and exact text: a literal's white space
     counts."""
     return _ask_worker(db, gold, None, timeout)
@@ -388,7 +389,7 @@ def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> 
     """
     golds = [(str(Path(db).resolve(strict=True)), gold) for db, _, gold in jobs]
     in_parallel(lambda job: gold_result(*job, timeout), golds)
-    return in_parallel(lambda job: execution_match(*job, timeout), jobs, progress)
+    return in_parallel(lambda job: execution_match(job[0], job[1], job[2], timeout), jobs, progress)
 
 
 def in_parallel(work: Callable, items: list, progress: str = "") -> list:
@@ -404,7 +405,7 @@ def in_parallel(work: Callable, items: list, progress: str = "") -> list:
 IDLE: list[subprocess.Popen] = []  # the workers that wait for a query
 
 
-def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, bytes | str]:
+def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[bool, Any]:
     """One query to an idle or a new worker, and the reply of `_run`.
 
     Any number of threads may ask at once: each takes a worker off the list, and so has its pipes for itself.
@@ -415,8 +416,8 @@ def _ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> tuple[
         # A fresh interpreter: this process must not fork itself, for it may hold torch and CUDA. In a session of its
         # own Ctrl-C does not reach it. It ends when this process does, for then its stdin closes.
         command = [sys.executable, "-c", f"import {Path(__file__).stem} as d; d.sql_worker()"]
-        options = {"cwd": Path(__file__).resolve().parent, "start_new_session": True}
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                                  cwd=Path(__file__).resolve().parent)
     try:
         pickle.dump((db, sql, gold, timeout), worker.stdin)
         worker.stdin.flush()
@@ -500,7 +501,7 @@ def _open_readonly(db: str) -> sqlite3.Connection:
     return connection
 
 
-def _brief(rows: Iterable[tuple]) -> str:
+def _brief(rows: Iterable[tuple | list]) -> str:
     """The first five rows in at most 400 characters, without a copy of a huge value.
 
     >>> _brief([(1, None, "x" * 10**6), (2,)])
@@ -523,8 +524,8 @@ def _explain(db: str, sql: str, error: str) -> str:
         if [isinstance(tree, sqlglot.exp.Query) for tree in trees] != [True]:
             notes.append("not a single SELECT but " + ", ".join(tree.key.upper() for tree in trees[:5]))
     except Exception as e:  # sqlglot also gives up on stray quotes, deep nesting and some queries that SQLite can read
-        if getattr(e, "errors", ()) and re.search("syntax error|incomplete input", error):
-            notes.append("line {line}, column {col}, near {highlight:.80}".format(**e.errors[0]))
+        if (errors := getattr(e, "errors", ())) and re.search("syntax error|incomplete input", error):
+            notes.append("line {line}, column {col}, near {highlight:.80}".format(**errors[0]))
     if kind in ("no such table", "no such column"):
         with closing(_open_readonly(db)) as connection:
             real = dict(connection.execute(ALL_NAMES))
@@ -603,7 +604,7 @@ class Bird:
     reasoning = False  # whether the editor sees the solver's full text
 
     def __init__(self, path: str | Path) -> None:
-        self.files, self._problems = {}, {}  # database -> its SQLite file, its list of problems
+        self.files, self._problems = dict[str, Path](), dict[str, list[Problem]]()  # of each database
         root = Path(path).resolve()
         files = [root] if root.is_file() else [file for name in BIRD_FILES for file in sorted(root.rglob(name))]
         if not files:
@@ -792,7 +793,7 @@ def read_folder(source: str) -> tuple[list[dict], list[dict]]:
     Two lists, to train and to test: folders and files named "test" go to the second, all others to the first.
     "validation" and "dev" hold few-shot examples and are left out, hidden files too.
     """
-    root, train, test = Path(source).expanduser().resolve(), [], []
+    root, train, test = Path(source).expanduser().resolve(), list[dict](), list[dict]()
     if not root.exists():
         raise FileNotFoundError(f"--data {source} does not exist; give a file or folder of questions.")
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
@@ -828,7 +829,8 @@ def choice_problem(record: dict) -> Question | None:
         choices = rng.sample(wrong, min(3, len(wrong))) + [right]
         rng.shuffle(choices)
         letter = LETTERS[choices.index(right)]
-    return letter and Question(record["id"], record["question"], letter, record["domain"], choices=tuple(choices))
+    problem = Question(record["id"], record["question"], letter, record["domain"], choices=tuple(choices))
+    return problem if letter else None
 
 
 def own_problem(record: dict) -> Question:

@@ -94,7 +94,7 @@ PRESETS["rehearsal"] = PRESETS["paper"] | dict(rounds=2, k=2, holdout=4, test=4,
                                                editor_tokens=64)
 
 
-def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote: bool = False) -> Settings:
+def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote: bool = False) -> Any:
     """The same settings with every None filled in: the miniature's values, the paper's, or without a GPU a rehearsal's.
 
     `remote`: the models run elsewhere, so this machine needs no GPU. `presets` adds to those that both scripts share.
@@ -129,7 +129,7 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-        return LocalModel(model.to(device), tokenizer, max_batch_tokens)
+        return LocalModel(model.to(device), tokenizer, max_batch_tokens)  # type: ignore[arg-type]
     except Exception as error:  # half a download, no chat template, ...: every library has errors of its own
         why = (str(error) or repr(error)).strip().splitlines()[0]
         raise SystemExit(f"No model can be loaded from {name} (`python train.py` makes runs/...): {why}") from None
@@ -466,7 +466,7 @@ def tree_svg(tree: Any, name: str, low: float, high: float) -> str:
     Every node is a link to its details, whose ids are "{name}-{id of the node}". Units are pixels: the picture is not
     shrunk to a narrow window, where nobody could read it, but scrolled.
     """
-    at, edges, dots = {}, ["", ""], ""  # edges: all others, and those of the way
+    at, edges, dots = dict[int, tuple[int, int]](), ["", ""], ""  # edges: all others, and those of the way
     for node, depth, way in outline(tree):
         x, y = at[node.id] = 14 * depth, 26 * len(at) + 14
         if node.id:  # down from the parent, then right
@@ -506,7 +506,7 @@ def diff(old: str, new: str) -> str:
     >>> diff("Be brief. Be kind.", "Be brief. Be exact.")
     'Be brief.<del> Be kind.</del><ins> Be exact.</ins>'
     """
-    a, b = (re.split(r"(?<=[.:;!?\n])|(?=\n)", text) for text in (old, new))  # loses nothing: it splits between characters
+    a, b = (re.split(r"(?<=[.:;!?\n])|(?=\n)", text) for text in (old, new))  # splits between characters
     steps = [(kind, esc("".join(a[i:j])), esc("".join(b[k:m])))
              for kind, i, j, k, m in SequenceMatcher(None, a, b).get_opcodes()]
     return "".join(was if kind == "equal" else f"<del>{was}</del><ins>{now}</ins>" for kind, was, now in steps)
@@ -613,7 +613,8 @@ def write_text(path: Path, text: str) -> None:
 
 def load_models(s: Config) -> list[LocalModel | RemoteModel]:
     """Solver and editor. One checkpoint in both roles is loaded once, behind two counters."""
-    models, names = [], [s.solver or f"runs/{s.task}/base", s.editor or f"runs/{s.task}/editor"]
+    models = list[LocalModel | RemoteModel]()
+    names = [s.solver or f"runs/{s.task}/base", s.editor or f"runs/{s.task}/editor"]
     for name, served in zip(names, (s.solver_model, s.editor_model)):
         if "://" in name:
             try:  # is anybody there? A server that is, but lists no models, will do if it need not choose one
@@ -791,7 +792,7 @@ def main(s: Config) -> None:
     finish(task, trees, solver, editor, s, out)
 
 
-def command_line(config: type, doc: str):
+def command_line(config: Any, doc: str) -> Any:
     """The config that the command line asks for. Unknown flags are errors, and so is what breaks a rule of the data."""
     layout = argparse.RawDescriptionHelpFormatter
     return config(**vars(HfArgumentParser(config, description=doc, formatter_class=layout).parse_args()))
@@ -799,7 +800,8 @@ def command_line(config: type, doc: str):
 
 def start(main, config: type, doc: str) -> None:
     """A script from the shell: main(config), and what ends it early is said in a sentence instead of a traceback."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not cost a run its last lines
+    # A terminal without ± must not cost a run its last lines.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         main(command_line(config, doc))
     except (ValueError, OSError) as error:  # wrong paths and values, a lost server

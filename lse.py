@@ -31,6 +31,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,8 @@ class LocalModel:
         drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
         cuts = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0, **cuts}
-        pending, longest = [], 0  # batches of at most `max_batch_tokens` tokens, padding and new tokens included
+        # Batches of at most `max_batch_tokens` tokens, padding and new tokens included.
+        pending, longest = list[list[tuple[int, ...]]](), 0
         for row in rows:
             longest = max(longest, len(row))
             if not pending or (len(pending[-1]) + 1) * (longest + max_new_tokens) > self.max_batch_tokens:
@@ -154,7 +156,7 @@ class LocalModel:
             pending[-1].append(row)
         while pending:
             batch, samples = pending.pop(0), []
-            with suppress(torch.OutOfMemoryError if len(batch) > 1 else ()):  # one row alone cannot be halved
+            with suppress(*[torch.OutOfMemoryError] * (len(batch) > 1)):  # one row alone cannot be halved
                 samples = self._generate(batch, options)
             if not samples:  # out of memory; by now no traceback holds the batch's tensors any more
                 torch.cuda.empty_cache()
@@ -199,7 +201,7 @@ class LocalModel:
                 if type(layer) is DynamicLayer and layer.is_initialized:
                     cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
                 else:  # a sliding window, say: it stays small by itself
-                    layer.batch_select_indices(owner)
+                    layer.batch_select_indices(owner)  # type: ignore[union-attr]
             out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
         finally:
             model.generation_config = config
@@ -256,7 +258,7 @@ class RemoteModel:
             found = list(pool.map(self._ask, [{**body, "messages": chat} for chat in chats for _ in range(n)]))
         return [found[i * n : (i + 1) * n] for i in range(len(chats))]
 
-    def _ask(self, body: dict) -> Sample | str:
+    def _ask(self, body: dict) -> Any:
         """One chat completion, retried: a Sample. For an empty body the name of the first model that the server lists.
 
         GPT-5 turns down a temperature: a setting that a 400 names is left out from then on, with a warning.
@@ -522,7 +524,7 @@ class EvolutionTree:
 
     def __init__(self, instructions: str, score: float | None, scores=None, c: float = 2.0, summary=None) -> None:
         """`c` is C of the UCB rule, 2 in the paper; 0 is best-first."""
-        self.c, self.rounds, self.nodes = c, 0, []  # rounds: N, the selections so far
+        self.c, self.rounds, self.nodes = c, 0, list[Node]()  # rounds: N, the selections so far
         self.add(None, instructions, score, scores, summary)
 
     def add(self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None,
