@@ -642,11 +642,12 @@ def pick_domains(task, wanted: str) -> list[str]:
     return names
 
 
-def afford(task, models, calls: tuple[int, int], problems, s: Settings, out: Path, size: float) -> tuple[str, int]:
-    """What a run asks for at most: in words, and its tokens in all. ValueError if a context or the disk is too small.
+def afford(task, models, calls: tuple[int, int], problems, s: Settings, out: Path, size: float) -> str:
+    """What a run asks for at most, in a few lines. ValueError if a context or the disk is too small.
 
     `models` are solver and editor, `calls` their numbers of answers, `size` the bytes that `out` may grow by. With what
     was checked before, the grader here, nothing fails after hours that could have failed before the first model call.
+    The time is a guess from 2 operations per weight and token, at a usual speed of a GPU or of two cores.
     """
     longest = max(problems, key=lambda problem: len(str(task.solve_chat("", problem))))
     task.grade(longest, "")
@@ -654,19 +655,21 @@ def afford(task, models, calls: tuple[int, int], problems, s: Settings, out: Pat
     rules, reply = task.seed_instructions + " word" * s.editor_tokens, "word " * s.solver_tokens
     seen = [Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
     chats = task.solve_chat(rules, longest), edit_chat(task, models[1], rules, seen, s.max_prompt_tokens)[0]
-    lines, tokens = [], 0
+    lines, work, speed = [], 0.0, 5e13 if torch.cuda.is_available() else 1e10
     for role, model, chat, asked in zip(("solver", "editor"), models, chats, calls):
         prompt, new, reads = count_tokens(model, chat), getattr(s, f"{role}_tokens"), context(model)
         if 0 < reads < prompt + new:  # beyond its context a model answers nonsense without a warning
             raise ValueError(f"The {role} reads {reads} tokens, too little for a prompt of {prompt}, with instructions "
                              f"of {s.editor_tokens} (--editor-tokens), and {new} more (--{role}-tokens).")
-        tokens += asked * (prompt + new)
-        lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model)}: up to {asked:,} answers, "
+        weights = sum(map(torch.numel, model.model.parameters())) if isinstance(model, LocalModel) else 0
+        work += 2 * weights * asked * (prompt + new) / int(os.environ.get("WORLD_SIZE", 1))
+        lines.append(f"{role} {getattr(model.model, 'name_or_path', model.model) or 'made here'}: up to {asked:,} answers, "
                      f"{asked * prompt:,} tokens to read and {asked * new:,} to write")
     free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
     if free < size:
         raise ValueError(f"{out} may grow by {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
-    return "\n  ".join([*lines, f"up to {size / 1e6:,.1f} MB in {out}"]), tokens
+    time = f"very roughly {work / speed / 60:,.0f} minutes of computing on this machine"
+    return "\n  ".join([*lines, f"up to {size / 1e6:,.1f} MB in {out}", time])
 
 
 def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
@@ -680,7 +683,7 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
     problems = [problem for parts in splits.values() for part in parts.values() for problem in part]
     return (f"Plan\n  {trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"
-            "\n  " + afford(task, (solver, editor), (answers, edits), problems, s, out, size)[0])
+            "\n  " + afford(task, (solver, editor), (answers, edits), problems, s, out, size))
 
 
 def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:

@@ -570,7 +570,7 @@ def load_checkpoint(out: Path, s: Config, optimizer: MasterAdamW) -> dict | None
 def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test: list[str]) -> str:
     """The plan of the run. ValueError names what cannot work: all that can be known before the first model call.
 
-    Calls and tokens are upper bounds. The time is a guess from 2 operations per weight and token at a usual speed.
+    Calls and tokens are upper bounds.
     """
     weights, odd = (sum(map(f, model.model.parameters())) for f in (torch.numel, lambda p: not p.isfinite().all()))
     faults = {
@@ -589,9 +589,7 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
     # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
     size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
     problems = [problem for d in train + test for problem in task.problems(d)]
-    needs, tokens = evolve.afford(task, (model, model), (answers, edits), problems, s, out, size)
-    minutes = 2 * weights * tokens / world() / (5e13 if torch.cuda.is_available() else 1e10) / 60
-    return f"Plan: very roughly {minutes:,.0f} minutes\n  {needs}"
+    return "Plan\n  " + evolve.afford(task, (model, model), (answers, edits), problems, s, out, size)
 
 
 def main(s: Config) -> dict | None:
