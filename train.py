@@ -108,7 +108,7 @@ def tiny_qwen3(tokenizer, hidden: int = 64):
 def encode_row(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Token ids of a chat, and its labels: what the assistant says and its end of turn; -100 (no label) elsewhere.
 
-    The ids are those that the chat template of `data.mini_tokenizer` gives.
+    The ids are those that the chat template of `data.mini_tokenizer` gives; cross_entropy leaves out what is -100.
     """
     ids = [tokenizer(f"<|{m['role']}|> {m['content']} <|end|>")["input_ids"] for m in messages]
     labels = [[-100, *part[1:]] if m["role"] == "assistant" else [-100] * len(part) for m, part in zip(messages, ids)]
@@ -116,9 +116,10 @@ def encode_row(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
 
 
 def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> torch.Tensor:
-    """One supervised step on batches of chat rows. For the first: which tokens came out right, (B, T); unlabelled do.
+    """One supervised step on batches of chat rows. Returns which tokens of the first came out right, (B, T).
 
-    Rows of a kind make a batch of their own, so that short ones need no padding; their losses add up to one token mean.
+    Tokens without a label count as right. Rows of a kind make a batch of their own, so that short ones need no padding; the losses
+    of all batches add up to one token mean.
     """
     outputs = []
     for rows in batches:
@@ -168,7 +169,7 @@ def warm_up(task, tokenizer, seed: int, hidden: int = 64, patience: float = 1.0)
         schedule["lr"], sizes = 2e-3 * min(1, (step + 1) / 30), [size - 1, size]
         rows = [data.recall_row(rng, rng.choice(sizes), size + 2) for _ in range(1400 // (2 * size + 6))]  # tokens
         chats = [data.solve_row(rng, rng.choice(sizes), questions=2) for _ in range(600 // (2 * size + 41))]
-        return teach(rows, chats)[:, -2].float().mean().item()  # rows are equally long; -1 is the end of turn
+        return teach(rows, chats)[:, -2].float().mean().item()  # the last column; behind it, in equally long rows, the end
 
     def answer(step: int, _) -> float:  # whole solver chats, until lookup works on real domains
         teach([data.solve_row(rng, rng.randint(1, 10), questions=2) for _ in range(30)],
@@ -342,11 +343,12 @@ def train_step(task, solver, editor, optimizer, pool: list[dict], s: Config, ste
     rng, potential = random.Random(f"{s.seed}/{step}"), [x["potential"] + 0.1 for x in pool]
     states = rng.choices(pool, potential, k=s.states)[rank() :: world()]
     batch = rollout(task, solver, editor, states, s, step)
+    # What all processes have drawn: the loss is a mean over the tokens of all, and some kinds of advantages need all.
     parts, start = gather(batch), time.time()
     after, before, valid = (torch.cat([part[name] for part in parts]) for name in ("after", "before", "valid"))
     samples = [sample for part in parts for row in part["samples"] for sample in row]
     n_tokens = sum(len(sample.ids) for sample in samples)
-    weights = advantages(s.advantage, after, before, valid)  # (N, G) of all processes: some kinds need the whole batch
+    weights = advantages(s.advantage, after, before, valid)  # (N, G)
     learned = learn(editor, batch, weights.chunk(world())[rank()], n_tokens, s, optimizer)
     reward, score = delta_reward(after, before[:, None], valid), torch.where(valid, after, -1.0)
     return {
