@@ -118,8 +118,8 @@ def encode_row(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
 def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> torch.Tensor:
     """One supervised step on batches of chat rows. Returns which tokens of the first came out right, (B, T).
 
-    Tokens without a label count as right. Rows of a kind make a batch of their own, so that short ones need no padding; the losses
-    of all batches add up to one token mean.
+    A token without a label counts as right. Rows of a kind make a batch of their own, so that short ones need no
+    padding; the losses of all batches add up to one token mean.
     """
     outputs = []
     for rows in batches:
@@ -169,7 +169,7 @@ def warm_up(task, tokenizer, seed: int, hidden: int = 64, patience: float = 1.0)
         schedule["lr"], sizes = 2e-3 * min(1, (step + 1) / 30), [size - 1, size]
         rows = [data.recall_row(rng, rng.choice(sizes), size + 2) for _ in range(1400 // (2 * size + 6))]  # tokens
         chats = [data.solve_row(rng, rng.choice(sizes), questions=2) for _ in range(600 // (2 * size + 41))]
-        return teach(rows, chats)[:, -2].float().mean().item()  # the last column; behind it, in equally long rows, the end
+        return teach(rows, chats)[:, -2].float().mean().item()  # the last word before the end; equally long rows
 
     def answer(step: int, _) -> float:  # whole solver chats, until lookup works on real domains
         teach([data.solve_row(rng, rng.randint(1, 10), questions=2) for _ in range(30)],
