@@ -26,8 +26,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -96,42 +95,38 @@ def tiny_qwen3(tokenizer, hidden: int = 64):
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=2, head_dim=hidden // 2, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    ))
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
 
 
 def encode_row(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Token ids of a chat, and its labels: what the assistant says and its end of turn; -100 (no label) elsewhere.
 
-    The ids are those that the chat template of `data.mini_tokenizer` gives.
+    The ids are those that the chat template of `data.mini_tokenizer` gives; cross_entropy leaves out what is -100.
     """
-    ids, labels = [], []
-    for message in messages:
-        part = tokenizer(f"<|{message['role']}|> {message['content']} <|end|>")["input_ids"]
-        ids += part
-        labels += [-100, *part[1:]] if message["role"] == "assistant" else [-100] * len(part)
-    return ids, labels
+    ids = [tokenizer(f"<|{m['role']}|> {m['content']} <|end|>")["input_ids"] for m in messages]
+    labels = [[-100, *part[1:]] if m["role"] == "assistant" else [-100] * len(part) for m, part in zip(messages, ids)]
+    return sum(ids, []), sum(labels, [])
 
 
-def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One supervised step on batches of chat rows. For the first batch: which tokens came out right, which had a label.
+def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> torch.Tensor:
+    """One supervised step on batches of chat rows. Returns which tokens of the first came out right, (B, T).
 
-    Rows of a kind make a batch of their own, so that short ones need no padding; their losses add up to one token mean.
+    A token without a label counts as right. Rows of a kind make a batch of their own, so that short ones need no
+    padding; the losses of all batches add up to one token mean.
     """
-    losses, labels, first = [], 0, None
+    outputs = []
     for rows in batches:
         encoded = zip(*(encode_row(tokenizer, row) for row in rows))
         ids, targets = (torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in part], True, padding_value=fill)
                         for part, fill in zip(encoded, (tokenizer.pad_token_id, -100)))
-        logits, targets = model(ids).logits[:, :-1], targets[:, 1:]  # (B, T, V), (B, T)
-        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"))
-        labels += (targets != -100).sum()
-        first = first or (logits.argmax(-1) == targets, targets != -100)
-    (sum(losses) / labels).backward()
+        outputs.append((model(ids).logits[:, :-1], targets[:, 1:]))  # (B, T, V), (B, T)
+    losses = [F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") for logits, targets in outputs]
+    (sum(losses) / sum((targets != -100).sum() for _, targets in outputs)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return first
+    logits, targets = outputs[0]
+    return (logits.argmax(-1) == targets) | (targets == -100)
 
 
 def practise(bar, steps: int, lesson: Callable[[int, int], float], size: int, last: int, enough: float) -> None:
@@ -167,9 +162,7 @@ def warm_up(task, tokenizer, seed: int, hidden: int = 64, patience: float = 1.0)
         schedule["lr"], sizes = 2e-3 * min(1, (step + 1) / 30), [size - 1, size]
         rows = [data.recall_row(rng, rng.choice(sizes), size + 2) for _ in range(1400 // (2 * size + 6))]  # tokens
         chats = [data.solve_row(rng, rng.choice(sizes), questions=2) for _ in range(600 // (2 * size + 41))]
-        right, labelled = teach(rows, chats)
-        last = torch.where(labelled, torch.arange(labelled.shape[1]), 0).amax(1, keepdim=True) - 1  # before end of turn
-        return right.gather(1, last).float().mean().item()
+        return teach(rows, chats)[:, -2].float().mean().item()  # the last word before the end; equally long rows
 
     def answer(step: int, _) -> float:  # whole solver chats, until lookup works on real domains
         teach([data.solve_row(rng, rng.randint(1, 10), questions=2) for _ in range(30)],
@@ -179,8 +172,7 @@ def warm_up(task, tokenizer, seed: int, hidden: int = 64, patience: float = 1.0)
     def clean_edit(step: int, size: int) -> float:  # edits as they should be: keep all, add all
         edits = [data.edit_row(rng, task, noisy=False, k=rng.randint(1, size), known=2 * size)
                  for _ in range(2000 // (12 + 28 * size))]
-        right, labelled = teach(edits, [data.solve_row(rng, rng.randint(1, 12)) for _ in range(4)])
-        return (right | ~labelled).all(1).float().mean().item()
+        return teach(edits, [data.solve_row(rng, rng.randint(1, 12)) for _ in range(4)]).all(1).float().mean().item()
 
     def noisy_edit(step: int, _) -> float:  # edits as they often are, to the last step: the habit that RL has to break
         schedule["lr"] = 2e-3 * min(1, (most[3] - step) / (0.7 * most[3]))
@@ -251,13 +243,11 @@ def grow_states(task, solver, editor, s: Config, step: int) -> list[dict]:
     Training from the seed instructions alone would not match deployment, where the editor edits its own earlier edits.
     `potential` is the best score of the tree minus the node's. Each process grows its share of the domains.
     """
-    seed = s.seed * 1_000_003 + step  # fresh splits and batches each time
-    own = replace(s, rounds=s.grow_rounds, test=0, seed=seed)
+    own = replace(s, rounds=s.grow_rounds, test=0, seed=s.seed * 1_000_003 + step)  # fresh splits and batches each time
     trees = evolve.plant(task, enough_problems(task, "train", s)[rank() :: world()], solver, own)
     evolve.evolve_all(task, trees, solver, editor, own, s.search, progress="2. growing trees" * (rank() == 0))
-    return [{"domain": d, "instructions": node.instructions, "score": node.score, "seed": seed,
-             "potential": tree.best().score - node.score}
-            for d, tree in trees.items() for node in tree.nodes if node.score is not None]
+    return [{"domain": d, "instructions": node.instructions, "score": node.score, "seed": own.seed,
+             "potential": tree.best().score - node.score} for d, tree in trees.items() for node in tree.scored()]
 
 
 def state_splits(task, state: dict, s: Config) -> dict:
@@ -303,11 +293,10 @@ def rollout(task, solver, editor, states: list[dict], s: Config, step: int) -> d
     # R̄(c_1) on the holdout that also scored c_0.
     jobs = [(text, split["holdout"]) for row, split in zip(edits, splits) for text in row if text is not None]
     scores = iter(evolve.score_all(task, solver, jobs, s))
-    after = [[math.nan if text is None else fmean(next(scores)) for text in row] for row in edits]
-    seconds = {"sample": sampled - start, "score": time.time() - sampled}
-    after, before = torch.tensor(after), torch.tensor([x["score"] for x in states])  # (N, G), (N,)
-    return dict(samples=samples, edits=edits, after=after, before=before, valid=~after.isnan(),
-                dropped=sum(n for _, n in chats), seconds=seconds)
+    after = torch.tensor([[math.nan if text is None else fmean(next(scores)) for text in row] for row in edits])
+    return {"samples": samples, "edits": edits, "before": torch.tensor([x["score"] for x in states]), "after": after,
+            "valid": ~after.isnan(), "dropped": sum(n for _, n in chats),
+            "seconds": {"sample": sampled - start, "score": time.time() - sampled}}
 
 
 def learn(editor, batch: dict, weights: torch.Tensor, n_tokens: int, s: Config, optimizer: MasterAdamW) -> dict:
@@ -340,29 +329,27 @@ def train_step(task, solver, editor, optimizer, pool: list[dict], s: Config, ste
     In the log: `positive` is the share of edits better than what they edited, `zero_variance` counts groups whose edits
     all score the same, which teach "grpo" and "node" nothing; the reward is a flat −1 for an invalid edit.
     """
-    for group in optimizer.adamw.param_groups:
-        group["lr"] = s.lr * (1 - step / s.steps)
+    optimizer.adamw.param_groups[0]["lr"] = lr = s.lr * (1 - step / s.steps)
     # Every random draw is a function of (seed, step): resuming needs no random state. Groups never span processes.
     torch.manual_seed(hash((s.seed, step, rank())))
     # Curriculum: where the tree shows that more is possible, there is more to learn. The 0.1 leaves no state out.
     rng, potential = random.Random(f"{s.seed}/{step}"), [x["potential"] + 0.1 for x in pool]
     states = rng.choices(pool, potential, k=s.states)[rank() :: world()]
     batch = rollout(task, solver, editor, states, s, step)
-    samples = [sample for row in batch["samples"] for sample in row]
-    counts = {"tokens": sum(len(x.ids) for x in samples), "truncated": sum(x.truncated for x in samples)}
-    parts = gather({name: batch[name] for name in ("after", "before", "valid", "dropped")} | counts)
+    # What all processes have drawn: the loss is a mean over the tokens of all, and some kinds of advantages need all.
+    parts, start = gather(batch), time.time()
     after, before, valid = (torch.cat([part[name] for part in parts]) for name in ("after", "before", "valid"))
-    n_tokens, start = sum(part["tokens"] for part in parts), time.time()
-    weights = advantages(s.advantage, after, before, valid)  # (N, G) of all processes: some kinds need the whole batch
+    samples = [sample for part in parts for row in part["samples"] for sample in row]
+    n_tokens = sum(len(sample.ids) for sample in samples)
+    weights = advantages(s.advantage, after, before, valid)  # (N, G)
     learned = learn(editor, batch, weights.chunk(world())[rank()], n_tokens, s, optimizer)
     reward, score = delta_reward(after, before[:, None], valid), torch.where(valid, after, -1.0)
     return {
         "step": step, "reward": float(reward.mean()), "positive": float((after > before[:, None]).float().mean()),
-        "before": float(before.mean()), "after": float(after[valid].mean()) if valid.any() else None,
-        "valid": float(valid.float().mean()), "truncated": sum(part["truncated"] for part in parts),
-        "dropped_problems": sum(part["dropped"] for part in parts),
-        "zero_variance": int((score.amax(1) == score.amin(1)).sum()), "tokens": n_tokens, **learned,
-        "lr": optimizer.adamw.param_groups[0]["lr"], "skipped": not math.isfinite(learned["grad_norm"]),
+        "before": float(before.mean()), "after": float(after[valid].mean()), "valid": float(valid.float().mean()),
+        "truncated": sum(x.truncated for x in samples), "dropped_problems": sum(part["dropped"] for part in parts),
+        "zero_variance": int((score.amax(1) == score.amin(1)).sum()), "tokens": n_tokens, **learned, "lr": lr,
+        "skipped": not math.isfinite(learned["grad_norm"]),
         "seconds": batch["seconds"] | {"learn": time.time() - start},
     }, batch, states
 
@@ -385,13 +372,11 @@ def reinforce(task, solver, editor, s: Config, out: Path) -> dict:
             say(f"2. {len(state['pool'])} start states. Unchanged instructions, scored twice, differ by "
                 f"{state['noise']:.3f} (s.d.).")
         line, batch, states = train_step(task, solver, editor, optimizer, state["pool"], s, step)
-        odd = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
-        lines.append(line | dict.fromkeys(odd))  # JSON knows no NaN: None
+        lines.append(json.loads(json.dumps(line), parse_constant=lambda _: None))  # JSON knows no NaN: None
         if rank() == 0:
             tqdm.write(step_text(line) + (show_edit(batch, states) if step % 20 == 0 else ""))
             # All lines at once, and the checkpoint has them too: killed at any moment and resumed, each is there once.
-            with writing(out / "log.jsonl") as file:
-                file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+            write(out / "log.jsonl", partial(Path.write_text, data="".join(json.dumps(each) + "\n" for each in lines)))
         if len(lines) > 2 and all(each["skipped"] for each in lines[-3:]):
             raise SystemExit("Three steps in a row had no finite gradient: start again with a lower --lr.")
         if rank() == 0 and ((step + 1) % s.save_every == 0 or step + 1 == s.steps):
@@ -403,8 +388,7 @@ def step_text(line: dict) -> str:
     """A log line for people. `cut`: responses that met the token limit; `flat`: groups of equal scores."""
     text = ("{step:4d}  reward {reward:+.3f}  better {positive:4.0%}  valid {valid:4.0%}  cut {truncated}  flat "
             "{zero_variance}  entropy {entropy:.2f}  |g| {grad_norm:.3f}  |r-1| {max_ratio_drift:.0e}").format(**line)
-    for name, seconds in line["seconds"].items():
-        text += f"  {name} {seconds:.2f}s"
+    text += "".join(f"  {name} {seconds:.2f}s" for name, seconds in line["seconds"].items())
     rate = line["tokens"] / sum(line["seconds"].values())
     return text + f"  {rate:.0f} tok/s" + "  SKIPPED: the gradient is not finite" * line["skipped"]
 
@@ -413,9 +397,8 @@ def show_edit(batch: dict, states: list[dict]) -> str:
     """The batch's first edit in words, with the score before and after it: numbers alone hide what is learned."""
     old, new, after = states[0], batch["edits"][0][0], float(batch["after"][0, 0])
     new, score = (new, f"{after:.2f}") if new is not None else (batch["samples"][0][0].text, "invalid")
-    texts = [evolve.clean(" / ".join(text.split("\n")))[:300] or "(empty)" for text in (old["instructions"], new)]
-    return (f"\n   an edit for {old['domain']}, holdout {old['score']:.2f} -> {score}"
-            f"\n     old: {texts[0]}\n     new: {texts[1]}")
+    was, now = (evolve.clean(text.replace("\n", " / "))[:300] or "(empty)" for text in (old["instructions"], new))
+    return f"\n   an edit for {old['domain']}, holdout {old['score']:.2f} -> {score}\n     old: {was}\n     new: {now}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,9 +422,14 @@ def evaluate(task, solver, editor, s: Config, progress: str) -> tuple[dict, dict
             "holdout_best": fmean(tree.best().score for tree in trees.values())}, trees
 
 
-def print_results(results: dict, trees: dict, out: Path) -> None:
-    """The table of before and after, one tree, what the edits were worth, and where things are."""
+def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
+    """Save, then say what came out: one tree, the table of before and after, what the edits were worth."""
     trained, (domain, tree) = results["trained"], next(iter(trees.items()))
+    evolve.write_text(out / "results.json", json.dumps(results, indent=1))
+    for name, each in trees.items():
+        each.save(out / "trees" / f"{evolve.tree_name(name)}.json")
+    pair = {"untrained editor": trees_before[domain], "trained editor": tree}
+    evolve.write_report(out / "report.html", pair, f"Self-evolution on {domain}")
     print(f"\nThe evolution of {evolve.clean(domain)} with the trained editor (* leads to the best node)\n"
           f"{evolve.tree_text(tree)}\nIts best instructions:\n{evolve.clean(tree.best().instructions) or '(empty)'}\n\n"
           f"Test accuracy, mean ± s.e. over {trained['domains']} domains that training never saw\n"
@@ -449,19 +437,18 @@ def print_results(results: dict, trees: dict, out: Path) -> None:
     for name in ("untrained", "trained"):
         error = "" if results[name]["stderr"] is None else f" ± {results[name]['stderr']:.3f}"
         print(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{error}")
-    if results["config"]["task"] == "mini":
-        print(f"  {EXPECT}")
-    edits = [(tree.nodes[node.parent].score, node.score) for tree in trees.values() for node in tree.nodes[1:]]
+    edits = [(each.nodes[node.parent].score, node.score) for each in trees.values() for node in each.nodes[1:]]
     valid, better = sum(new is not None for _, new in edits), sum((new or 0.0) > old for old, new in edits)
-    print(f"Of the trained editor's {len(edits)} edits, {valid} are valid and {better} better than what they edited."
+    print(f"  {EXPECT}\n" * (results["config"]["task"] == "mini")
+          + f"Of the trained editor's {len(edits)} edits, {valid} are valid and {better} better than what they edited."
           + f" {results['skipped_steps']} steps were skipped: no finite gradient." * (results["skipped_steps"] > 0))
     if not better:
         print("So its edits are invalid or worth nothing: nothing here shows that it can evolve instructions.")
-    print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
-    print(f"Saved in {out}: editor/ (loads with from_pretrained), results.json, log.jsonl, trees/, report.html.")
+    print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
+          + f"\nSaved in {out}: editor/ (loads with from_pretrained), results.json, log.jsonl, trees/, report.html.")
 
 
-EXPECT = "expect"  # measured: see README.md
+EXPECT = "expect              untrained 0.33-0.41, trained 0.86-0.98 (bases differ: README.md)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,17 +490,16 @@ def say(*words) -> None:
 # is complete, so that it is there as a whole or not at all.
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A temporary name for a file or folder that becomes `path` once it is complete: a kill leaves the old or the new.
+def write(path: Path, *savers: Callable[[Path], object]) -> None:
+    """A file or folder that the savers fill under a temporary name, and then `path`: a kill leaves the old or the new.
 
     SystemExit, in one sentence, if it cannot be written; what was there before stays.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
+        for save in savers:
+            save(temporary)
+        shutil.rmtree(path, ignore_errors=True)  # an old folder; an old file is replaced
         os.replace(temporary, path)
     except Exception as error:  # a full disk is an OSError, a RuntimeError (torch.save) or a SafetensorError
         if temporary.is_file():
@@ -524,9 +510,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 def save_model(model: LocalModel, folder: Path) -> None:
     """A folder that `from_pretrained` loads, tokenizer included."""
-    with writing(folder) as temporary:
-        model.model.save_pretrained(temporary)
-        model.tokenizer.save_pretrained(temporary)
+    write(folder, model.model.save_pretrained, model.tokenizer.save_pretrained)
 
 
 def identity(s: Config) -> dict:
@@ -537,8 +521,7 @@ def identity(s: Config) -> dict:
 def save_checkpoint(out: Path, s: Config, optimizer: MasterAdamW, state: dict) -> None:
     """The state after its last step, weights included (they are the optimizer's masters). The newest two stay."""
     path = out / f"checkpoint-{len(state['lines']):06d}.pt"
-    with writing(path) as file:
-        torch.save({"run": identity(s), "optimizer": optimizer.state_dict(), **state}, file)
+    write(path, partial(torch.save, {"run": identity(s), "optimizer": optimizer.state_dict(), **state}))
     for old in [each for each in sorted(out.glob("checkpoint-*.pt")) if each <= path][:-2]:
         old.unlink()
 
@@ -633,18 +616,11 @@ def main(s: Config) -> dict | None:
     untrained, trees_before = evaluate(task, solver, solver, s, "4. untrained editor")
     trained, trees = evaluate(task, solver, editor, s, "4. trained editor")
     clocks.append(time.time())
-    results = {"untrained": untrained, "trained": trained, "reward_noise": state["noise"],
+    results = {"untrained": untrained, "trained": trained, "reward_noise": state["noise"], "config": asdict(s),
                "skipped_steps": sum(line["skipped"] for line in state["lines"]),
-               "seconds": {name: b - a for name, a, b in zip(("warm_up", "rl", "evaluation"), clocks, clocks[1:])},
-               "config": asdict(s)}
+               "seconds": {name: b - a for name, a, b in zip(("warm_up", "rl", "evaluation"), clocks, clocks[1:])}}
     if rank() == 0:
-        evolve.write_text(out / "results.json", json.dumps(results, indent=1))
-        for name, tree in trees.items():
-            tree.save(out / "trees" / f"{evolve.tree_name(name)}.json")
-        domain = next(iter(trees))
-        pair = {"untrained editor": trees_before[domain], "trained editor": trees[domain]}
-        evolve.write_report(out / "report.html", pair, f"Self-evolution on {domain}")
-        print_results(results, trees, out)
+        finish(results, trees_before, trees, out)
     if world() > 1:
         torch.distributed.destroy_process_group()
     return results
