@@ -121,7 +121,7 @@ def imitate(model, tokenizer, optimizer, *batches: list[list[dict]]) -> torch.Te
                         for part, fill in zip(encoded, (tokenizer.pad_token_id, -100)))
         outputs.append((model(ids).logits[:, :-1], targets[:, 1:]))  # (B, T, V), (B, T)
     losses = [F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") for logits, targets in outputs]
-    (sum(losses) / sum((targets != -100).sum() for _, targets in outputs)).backward()
+    (torch.stack(losses).sum() / sum((targets != -100).sum() for _, targets in outputs)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -543,6 +543,7 @@ def load_checkpoint(out: Path, s: Config, optimizer: MasterAdamW) -> dict | None
         except Exception as error:  # whatever a torn file makes of the unpickler
             say(f"{path} is refused ({error!r:.200}): trying the one before it.")
     say("There is no checkpoint to go on from: starting with the first step.")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
