@@ -664,8 +664,8 @@ def afford(task, models, calls: tuple[int, int], problems, s: Settings, out: Pat
         weights = sum(map(torch.numel, model.model.parameters())) if isinstance(model, LocalModel) else 0
         work += 2 * weights * asked * (prompt + new) / int(os.environ.get("WORLD_SIZE", 1))
         name = getattr(model.model, "name_or_path", model.model) or "made here"
-        lines.append(f"{role} {name}: up to {asked:,} answers, {asked * prompt:,} tokens to read and {asked * new:,} to "
-                     "write")
+        lines.append(f"{role} {name}: up to {asked:,} answers, {asked * prompt:,} tokens to read and {asked * new:,} "
+                     "to write")
     free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
     if free < size:
         raise ValueError(f"{out} may grow by {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")

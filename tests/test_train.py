@@ -433,7 +433,7 @@ def test_too_few_problems_is_an_error_with_the_numbers_or_left_out(small, no_cal
     with pytest.raises(ValueError, match=r"1 of 4 train domains are too small \(--skip-small.* c has 3 problems"):
         small(tmp_path / "run", **settings)
     small(tmp_path / "run", skip_small=True, **settings)
-    assert "Plan:" in capsys.readouterr().out
+    assert "Plan\n" in capsys.readouterr().out
 
 
 def test_wrong_paths_end_in_a_sentence_not_in_a_traceback(command, base, tmp_path):

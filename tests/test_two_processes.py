@@ -113,7 +113,7 @@ def test_two_processes_leave_one_set_of_files(two):
         assert torch.equal(weight, master)
     assert {state["domain"] for state in checkpoint["pool"]} == {"train000", "train001", "train002"}
     assert json.loads((run / "results.json").read_text())["trained"]["domains"] == 1
-    for words in ("Plan:", "start states", "Saved in"):
+    for words in ("Plan\n", "start states", "Saved in"):
         assert said.count(words) == 1
     assert all(said.count(f"{step:4d}  reward") == 1 for step in range(4))
 
