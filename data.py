@@ -623,7 +623,7 @@ class Bird:
             entries = [{"question_id": i, **e} for i, e in enumerate(json.loads(file.read_text("utf-8-sig")))]
             names = {entry["db_id"] for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
-            yield f"not a JSON list of questions with a db_id ({error!r})"
+            yield f"not a JSON list of questions with a db_id ({error!r:.200})"
             return
         paths = {db.name: db for db in file.parent.glob("*databases/**/*.sqlite")}
         for db in sorted(names - self.files.keys()):
