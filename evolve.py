@@ -798,8 +798,8 @@ def main(s: Config) -> None:
 
 def command_line(config: Any, doc: str) -> Any:
     """The config that the command line asks for. Unknown flags are errors, and so is what breaks a rule of the data."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return config(**vars(HfArgumentParser(config, description=doc, formatter_class=layout).parse_args()))
+    layout = {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return config(**vars(HfArgumentParser(config, **layout).parse_args()))
 
 
 def start(main, config: type, doc: str) -> None:

@@ -132,7 +132,7 @@ def test_the_command_line(command):
     for field in fields(train.Config):
         assert f"--{field.name}" in text, field.name
         assert " ".join(field.metadata["help"].split()) in text, field.name
-    for args in (["--steeps", "3"], ["--advantage", "ppo"], ["--steps", "many"], ["stray"]):
+    for args in (["--steeps", "3"], ["--step", "3"], ["--advantage", "ppo"], ["--steps", "many"], ["stray"]):
         assert command(*args) == (2, "")
 
 
