@@ -522,6 +522,18 @@ def test_layouts(tmp_path, file, inside):
         assert task.grade(problem, "<answer>SELECT 1</answer>").correct
 
 
+def test_one_folder_too_deep_says_what_was_looked_for(tmp_path):
+    make_bird(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no mini_dev_sqlite.json or dev.json or train.json: unpack http"):
+        Bird(tmp_path / "dev_databases")
+
+
+def test_a_database_in_two_files_belongs_to_mini_dev(tmp_path):
+    make_bird(tmp_path, "dev", file="mini_dev_sqlite.json", questions=entries("a", 3))
+    make_bird(tmp_path, "dev")
+    assert [len(Bird(tmp_path).problems(name)) for name in ("a", "b")] == [3, 2]
+
+
 def test_domains_of_both_archives(tmp_path):
     make_bird(tmp_path / "train", "train", ("t1", "t2"))
     make_bird(tmp_path / "dev", "dev", ("d1", "d2"))
