@@ -114,8 +114,8 @@ def split_names(names: Iterable[str], split: str, test: Iterable[str] = ()) -> l
 
 
 def authorize(harmless: Callable[[str | None], bool], action: int, _: str | None, name: str | None, *__: str) -> int:
-    """What model-written SQL may do; SQLite asks while it compiles a query. To read is allowed, and so are functions
-    whose name, and recursion whose None, is `harmless`; nothing else."""
+    """What model-written SQL may do; SQLite asks while it compiles a query. To read is allowed, a function if
+    `harmless(name)` says so, a recursive query if `harmless(None)` does, and nothing else."""
     reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
     calls = action in (sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE) and harmless(name)
     return sqlite3.SQLITE_OK if reads or calls else sqlite3.SQLITE_DENY
