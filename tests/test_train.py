@@ -10,7 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 
@@ -98,6 +98,16 @@ def test_a_run_leaves_what_the_design_promises(run):
     assert "test000" in (out / "report.html").read_text()
     for words in ("1. Warm-up", "start states", "an edit for", "untrained editor", "seed instructions", f"in {out}:"):
         assert words in said, words
+
+
+@pytest.mark.parametrize("settings, shown", [({}, True), (dict(seed=3, out="x"), True), (dict(steps=20), False),
+                                             (dict(advantage="grpo"), False), (dict(task="bird"), False)])
+def test_what_to_expect_is_said_of_the_usual_run_alone(run, tmp_path, capsys, settings, shown):
+    results = json.loads((run[0] / "results.json").read_text())
+    config = asdict(evolve.with_presets(train.Config(), train.TRAIN_PRESETS)) | settings
+    trees = {"test000": evolve.EvolutionTree.load(run[0] / "trees" / "test000.json")}
+    train.finish(results | {"config": config}, trees, trees, tmp_path)
+    assert (train.EXPECT in capsys.readouterr().out) == shown
 
 
 def test_a_log_line_says_everything(run):
