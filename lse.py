@@ -552,8 +552,8 @@ class EvolutionTree:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
         nodes, log_n = self.scored(), math.log(max(1, self.rounds))
         if rule == "ucb":
-            # Over ALL nodes, not only leaves; before the first round there is nothing to explore yet. A new node counts as
-            # visited once: with the textbook's infinite bonus it would always be next, and the tree always a chain.
+            # Over ALL nodes, not only leaves; before the first round there is nothing to explore yet. A new node counts
+            # as visited once: with the textbook's infinite bonus it would always be next, and the tree always a chain.
             chosen = max(nodes, key=lambda n: (n.score + self.c * math.sqrt(log_n / max(1, n.visits)), n.id))
         elif rule == "chain":
             chosen = nodes[-1]
