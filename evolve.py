@@ -433,7 +433,7 @@ def outline(tree: Any) -> list[tuple[Any, int, bool]]:
 def fate(tree: Any, node: Any) -> str:
     """How an edit turned out, as in "0.750 (+0.125) ★ best": its score, and the change from its parent's (eq. 7)."""
     if node.score is None:
-        return "✗ invalid"
+        return "✗ rejected"
     change = f" ({node.score - tree.nodes[node.parent].score:+.3f})" if node.id else ""
     return f"{node.score:.3f}{change}{' ★ best' if node is tree.best() else ''}"
 
@@ -441,7 +441,7 @@ def fate(tree: Any, node: Any) -> str:
 def tree_text(tree: Any) -> str:
     """The tree as text for a terminal, one row a node, indented under its parent: id, fate, visits.
 
-    Signs: `*` on the way to the best node, `x` an invalid edit, whose reason is named, `o` any other.
+    Signs: `*` on the way to the best node, `x` a rejected edit, whose reason is named, `o` any other.
 
     >>> tree = EvolutionTree("seed", 0.5)
     >>> nodes = tree.add(0, "worse", 0.25), tree.add(0, "better", 0.75), tree.add(2, "", None, note="no tags")
@@ -449,7 +449,7 @@ def tree_text(tree: Any) -> str:
     *       0  0.500  visits 0
       o     1  0.250 (-0.250)  visits 0
       *     2  0.750 (+0.250) ★ best  visits 0
-        x   3  ✗ invalid  visits 0  no tags
+        x   3  ✗ rejected  visits 0  no tags
     """
     rows, lines = outline(tree), []
     for node, depth, way in rows:
@@ -518,7 +518,7 @@ def node_html(tree: Any, node: Any, name: str) -> str:
     The id is inside the fold, so that a link to it makes the browser open it.
     """
     origin = f"from #{node.parent}" if node.id else "seed"
-    changed = (f"<p>Invalid edit: {esc(node.note)}. What the editor wrote is below.</p>" if node.score is None else
+    changed = (f"<p>Rejected: {esc(node.note)}. What the editor wrote is below.</p>" if node.score is None else
                f"<h3>Changed {origin}</h3><pre>{diff(tree.nodes[node.parent].instructions, node.instructions)}</pre>"
                if node.id else "")
     right = sum(one["correct"] for one in node.summary)
@@ -541,8 +541,8 @@ def write_report(path: str | Path, runs: dict[str, Any], title: str = "Learning 
     scores = [node.score for tree in runs.values() for node in tree.nodes if node.score is not None]
     low, high, legend, body = min(scores), max(scores) + 1e-9, "", ""  # 1e-9: all scores may be the same
     for k, (label, tree) in enumerate(runs.items()):
-        seed, best, invalid = tree.nodes[0].score, tree.best(), sum(node.score is None for node in tree.nodes)
-        headline = f"{esc(label)}: {seed:.3f} → {best.score:.3f}, {invalid} of {len(tree.nodes) - 1} edits invalid"
+        seed, best, rejected = tree.nodes[0].score, tree.best(), sum(node.score is None for node in tree.nodes)
+        headline = f"{esc(label)}: {seed:.3f} → {best.score:.3f}, {rejected} of {len(tree.nodes) - 1} edits rejected"
         legend += f'<br/><b class="c{k % 5}">━●━</b> <a href="#t{k}">{headline}</a>'
         nodes = "".join(node_html(tree, node, f"t{k}") for node in tree.nodes)
         body += f"""<h2 id="t{k}">{headline}</h2><figure>{tree_svg(tree, f"t{k}", low, high)}</figure>

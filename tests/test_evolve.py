@@ -756,7 +756,7 @@ def test_editors_that_ruin_all_or_say_nothing_gain_exactly_nothing(bird: Path, s
         assert results["test"]["gain"] == results["test"]["stderr"] == 0.0 and "gain +0.000" in output
         for tree in trees.values():
             assert [node.score is None for node in tree.nodes] == [False] + [editor == "mute-editor"] * 2
-    assert "invalid" in output and trees["zoo"].nodes[2].note == "nothing usable in <prompt> tags"
+    assert "rejected" in output and trees["zoo"].nodes[2].note == "nothing usable in <prompt> tags"
     more = ["--rounds", 12, "--test", 0, "--domains", "zoo"]
     results, trees, _ = evolved(bird / "own.jsonl", scene.url, tmp_path, "fickle-editor", *more)
     assert "test" not in results and results["holdout"]["stderr"] > 0  # over the problems of the one domain

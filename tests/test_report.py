@@ -79,7 +79,7 @@ def test_tree_text_of_a_hand_made_tree() -> None:
   *         1  0.500 (+0.250)  visits 1
     *       2  0.625 (+0.125)  visits 2
       o     3  0.125 (-0.500)  visits 3
-        x   5  ✗ invalid  visits 5  no <prompt> tags in the answer�[31m
+        x   5  ✗ rejected  visits 5  no <prompt> tags in the answer�[31m
       o     4  0.500 (-0.125)  visits 4
         o   7  0.375 (-0.125)  visits 7
       *     6  0.750 (+0.125) ★ best  visits 6
@@ -185,7 +185,7 @@ def test_scores_changes_and_the_best_node(tmp_path: Path) -> None:
     rows = {link.get("href"): (text_of(link), link.find("circle").get("style")) for link in figure.findall("a")}
     assert [rows[f"#t0-{i}"][0] for i in range(9)] == [
         "#0 · 0.250", "#1 · 0.500 (+0.250)", "#2 · 0.625 (+0.125)", "#3 · 0.125 (-0.500)", "#4 · 0.500 (-0.125)",
-        "#5 · ✗ invalid", "#6 · 0.750 (+0.125) ★ best", "#7 · 0.375 (-0.125)", "#8 · 0.750 (+0.000)"]
+        "#5 · ✗ rejected", "#6 · 0.750 (+0.125) ★ best", "#7 · 0.375 (-0.125)", "#8 · 0.750 (+0.000)"]
     fills = [rows[f"#t0-{i}"][1] for i in range(9)]
     assert fills[3] == "--share:0%" and fills[0] == "--share:20%"  # 0.125 is the lowest
     assert fills[6] == fills[8] == "--share:100%" and fills[5] == "fill:Canvas"
@@ -200,12 +200,12 @@ def test_scores_changes_and_the_best_node(tmp_path: Path) -> None:
         return (*at[STEPS.nodes[child].parent], at[child][1], at[child][0])
 
     assert sorted(ways) == sorted(map(edge, (1, 2, 6))) and sorted(others) == sorted(map(edge, (3, 4, 5, 7, 8)))
-    headline = "ucb: 0.250 → 0.750, 1 of 8 edits invalid"
+    headline = "ucb: 0.250 → 0.750, 1 of 8 edits rejected"
     assert root.find("body/h2").text == headline == root.find("body/p/a").text
     summaries = [text_of(details.find("summary")) for details in root.findall("body/details")]
-    assert summaries[0] == "#0 seed · 0.250 · visits 0" and summaries[5] == "#5 from #3 · ✗ invalid · visits 5"
+    assert summaries[0] == "#0 seed · 0.250 · visits 0" and summaries[5] == "#5 from #3 · ✗ rejected · visits 5"
     assert summaries[6] == "#6 from #2 · 0.750 (+0.125) ★ best · visits 6"
-    assert "Invalid edit: no <prompt> tags" in text_of(root.find(".//div[@id='t0-5']"))
+    assert "Rejected: no <prompt> tags" in text_of(root.find(".//div[@id='t0-5']"))
 
 
 def test_the_chart_holds_every_round(tmp_path: Path) -> None:
