@@ -97,6 +97,18 @@ def need(ok: object, where: object, wanted: str, found: object) -> None:
         raise ValueError(f"{where}: expected {wanted}, found {found!r:.200}.") from None
 
 
+def files_below(root: Path) -> Iterator[Path]:
+    """All files below a folder, or the file itself. Links are followed, and no folder is entered twice."""
+    yield from [root] * root.is_file()
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+        else:
+            yield from (Path(folder, name) for name in names)
+        seen.add(real)
+
+
 def split_names(names: Iterable[str], split: str, test: Iterable[str] = ()) -> list[str]:
     """The sorted domains of a split. `test` are those that the data itself keeps for testing; where these are none or
     all of the n names, the last n/5 of them, rounded up, are "test".
@@ -606,7 +618,8 @@ class Bird:
     def __init__(self, path: str | Path) -> None:
         self.files, self._problems = dict[str, Path](), dict[str, list[Problem]]()  # of each database
         root = Path(path).resolve()
-        files = [root] if root.is_file() else [file for name in BIRD_FILES for file in sorted(root.rglob(name))]
+        found = sorted(files_below(root))
+        files = [root] if root.is_file() else [file for name in BIRD_FILES for file in found if file.name == name]
         if not files:
             raise FileNotFoundError(f"{path} holds no {' or '.join(BIRD_FILES)}: {BIRD_REMEDY}.")
         faults = [f"bird: {file}: {fault}; {BIRD_REMEDY}." for file in files for fault in self._read(file)]
@@ -625,7 +638,7 @@ class Bird:
         except (ValueError, KeyError, TypeError) as error:
             yield f"not a JSON list of questions with a db_id ({error!r:.200})"
             return
-        paths = {db.name: db for db in file.parent.glob("*databases/**/*.sqlite")}
+        paths = {db.name: db for folder in file.parent.glob("*databases") for db in files_below(folder)}
         for db in sorted(names - self.files.keys()):
             own = [entry for entry in entries if entry["db_id"] == db]
             if unknown := sorted(set().union(*own) - {*BIRD_FIELDS}):
@@ -750,8 +763,9 @@ def choice_letter(record: dict) -> str | None:
     """
     if re.sub("[^a-z]", "", str(record.get("error_type")).lower()) == "nocorrectanswer":
         return None
-    n = 4 if isinstance(record["choices"], str) else len(record["choices"])  # the raw CSV has the list as text
-    return gold_letter(gold_letter(record.get("correct_answer"), 4) or record["answer"], n)
+    choices = record.get("choices") or []
+    n = 4 if isinstance(choices, str) else len(choices)  # the raw CSV has the list as text
+    return gold_letter(gold_letter(record.get("correct_answer"), 4) or record.get("answer"), n)
 
 
 def read_rows(path: Path) -> Iterable[dict | bytes]:
@@ -796,7 +810,7 @@ def read_folder(source: str) -> tuple[list[dict], list[dict]]:
     root, train, test = Path(source).expanduser().resolve(), list[dict](), list[dict]()
     if not root.exists():
         raise FileNotFoundError(f"--data {source} does not exist; give a file or folder of questions.")
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+    for file in sorted(files_below(root)):
         path = file.parent if file.name == "state.json" else file  # what marks a folder that `datasets` saved
         names = [Path(name).stem for name in path.relative_to(root.parent).parts]
         hidden = names[-1] in ("validation", "dev") or any(name.startswith(".") for name in names[1:])

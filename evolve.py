@@ -22,6 +22,7 @@ Left out on purpose: parallel rounds of one tree (each edit reads the one before
 from __future__ import annotations
 
 import argparse
+import errno
 import html
 import json
 import math
@@ -33,6 +34,7 @@ import sys
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -128,6 +130,8 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if not tokenizer("a")["input_ids"]:  # half a download: transformers makes an empty one without a word
+            raise ValueError("its tokenizer files are missing")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
         return LocalModel(model.to(device), tokenizer, max_batch_tokens)  # type: ignore[arg-type]
     except Exception as error:  # half a download, no chat template, ...: every library has errors of its own
@@ -434,7 +438,8 @@ def fate(tree: Any, node: Any) -> str:
     """How an edit turned out, as in "0.750 (+0.125) ★ best": its score, and the change from its parent's (eq. 7)."""
     if node.score is None:
         return "✗ rejected"
-    change = f" ({node.score - tree.nodes[node.parent].score:+.3f})" if node.id else ""
+    before = tree.nodes[node.parent].score if node.id else None
+    change = "" if before is None else f" ({node.score - before:+.3f})"
     return f"{node.score:.3f}{change}{' ★ best' if node is tree.best() else ''}"
 
 
@@ -591,7 +596,8 @@ def open_run(s, out: Path, free: list[str], look: bool = False) -> None:
              "holds a run: continue it by --resume, delete it by --overwrite, or name another --out"
              if old and not s.resume and not s.overwrite else
              "holds no run to resume: leave --resume out to start one" if s.resume and not old else
-             f"was run otherwise ({'; '.join(changed)}): give the same or another --out" if s.resume and changed else 0)
+             f"was run otherwise ({'; '.join(changed)}): give the same or another --out" if s.resume and changed else
+             "cannot be written: name another --out" if not os.access(nearest(out), os.W_OK) else 0)
     if fault:
         raise SystemExit(f"{out} {fault}.")
     if look:
@@ -603,6 +609,11 @@ def open_run(s, out: Path, free: list[str], look: bool = False) -> None:
         write_text(file, json.dumps(settings, indent=1))
     except OSError as error:
         raise SystemExit(f"{out} cannot be written ({error}): name another --out.") from None
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(at for at in (path.absolute(), *path.absolute().parents) if at.exists())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -666,7 +677,7 @@ def afford(task, models, calls: tuple[int, int], problems, s: Settings, out: Pat
         name = getattr(model.model, "name_or_path", model.model) or "made here"
         lines.append(f"{role} {name}: up to {asked:,} answers, {asked * prompt:,} tokens to read and {asked * new:,} "
                      "to write")
-    free = shutil.disk_usage(next(at for at in (out.absolute(), *out.absolute().parents) if at.exists())).free
+    free = shutil.disk_usage(nearest(out)).free
     if free < size:
         raise ValueError(f"{out} may grow by {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} left: make room.")
     time = f"very roughly {work / speed / 60:,.0f} minutes of computing on this machine"
@@ -706,6 +717,12 @@ def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
     return trees
 
 
+def save_trees(folder: Path, trees: dict[str, EvolutionTree]) -> None:
+    """One file per tree; what `restore_trees` reads."""
+    for domain, tree in trees.items():
+        tree.save(folder / f"{tree_name(domain)}.json")
+
+
 def tree_name(domain: str) -> str:
     """A file name for a domain of any name, another one for another domain.
 
@@ -719,7 +736,8 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     """{untrained, trained} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
     The untrained editor is the solver itself. All rows see the same splits and batches. Table and report are saved
-    after each row; the report shows the first domain under the last seed.
+    after each row, trees after each round, so that --resume repeats no edit (it counts the answers since then); the
+    report shows the first domain under the last seed.
     """
     head = "| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |"
     table, runs = [head, "|---" * 6 + "|"], {}
@@ -730,8 +748,10 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
             calls, rows = solver.calls, []  # rows[seed][domain]: holdout best, test, test of the seed instructions
             for seed in range(s.seed, s.seed + s.seeds):
                 own = replace(s, seed=seed)
-                trees = plant(task, domains, solver, own)
-                evolve_all(task, trees, solver, model, own, search, method, progress=f"{name}, seed {seed}")
+                folder = out / "trees" / f"{label}-{method}-{search}-{seed}"
+                trees = restore_trees(folder, domains) or plant(task, domains, solver, own)
+                evolve_all(task, trees, solver, model, own, search, method, on_round=partial(save_trees, folder),
+                           progress=f"{name}, seed {seed}")
                 tested = final_test(task, trees, solver, own) if s.test else dict.fromkeys(trees, ())
                 rows.append([[fmean(x) for x in (tree.best().scores, *tested[d][::-1])] for d, tree in trees.items()])
             runs[name] = trees[domains[0]]
@@ -779,17 +799,16 @@ def main(s: Config) -> None:
     rule = search_rule(task, s.method, s.search)
     solver, editor = load_models(s)
     print(plan(task, splits, solver, editor, s, out), flush=True)
+    trees = restore_trees(out / "trees", list(splits)) if s.resume and not s.compare else {}
+    done = max((tree.rounds for tree in trees.values()), default=0)
+    if done > s.rounds:
+        raise ValueError(f"{out} is {done} rounds old: give --rounds as many or more.")
     open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
     if s.dry_run:
         return print("A dry run: no model was asked, nothing was written.")
     if s.compare:
         return compare(task, list(splits), solver, editor, s, out)
-
-    def save(trees: dict[str, EvolutionTree]) -> None:
-        for d, tree in trees.items():
-            tree.save(out / "trees" / f"{tree_name(d)}.json")
-
-    trees = restore_trees(out / "trees", list(splits)) if s.resume else {}
+    save = partial(save_trees, out / "trees")
     if not trees:
         save(trees := plant(task, list(splits), solver, s))  # from here on, a kill costs a round at most
     evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=f"{s.method} {rule}")
@@ -802,14 +821,18 @@ def command_line(config: Any, doc: str) -> Any:
     return config(**vars(HfArgumentParser(config, **layout).parse_args()))
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def start(main, config: type, doc: str) -> None:
     """A script from the shell: main(config), and what ends it early is said in a sentence instead of a traceback."""
     # A terminal without ± must not cost a run its last lines.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         main(command_line(config, doc))
-    except (ValueError, OSError) as error:  # wrong paths and values, a lost server
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except (ValueError, OSError) as error:  # wrong paths and values, a lost server, a full disk
+        full = ": make room or give access, then go on with --resume" * (getattr(error, "errno", 0) in DISK_ERRORS)
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}{full}") from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"{error} Try a smaller --max-batch-tokens; to train, --gradient-checkpointing and "
                          "--micro-batch 1.") from None

@@ -303,7 +303,10 @@ class RemoteModel:
             self.calls += 1
             self.prompt_tokens += usage.get("prompt_tokens") or 0
             self.completion_tokens += usage.get("completion_tokens") or 0
-        return Sample(text.encode("utf-8", "replace").decode(), None, None, cut)  # lone surrogates cannot be saved
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be saved
+        if len(self._key) > 15:  # a server may echo the key, and answers are saved; "EMPTY" and the like are no secrets
+            text = text.replace(self._key, "***")
+        return Sample(text, None, None, cut)
 
     def _first_model(self) -> str:
         headers = {"Authorization": f"Bearer {self._key}"}
@@ -588,13 +591,13 @@ class EvolutionTree:
         """Write JSON, exactly reversible; first under another name, so that a kill leaves the old file or the new."""
         temporary = Path(f"{path}.tmp")
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        # In ASCII any string survives.
-        temporary.write_text(json.dumps(vars(self), default=asdict, indent=1), encoding="utf-8")
+        text = json.dumps(vars(self), default=asdict, indent=1, ensure_ascii=False)
+        temporary.write_bytes(text.encode("utf-8", "surrogatepass"))  # a lone surrogate stays what it is
         os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | Path) -> EvolutionTree:
-        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        state = json.loads(Path(path).read_bytes().decode("utf-8", "surrogatepass"))
         tree = cls("", None, c=state["c"])
         tree.rounds, tree.nodes = state["rounds"], [Node(**node) for node in state["nodes"]]
         return tree

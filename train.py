@@ -561,7 +561,9 @@ def check(task, model: LocalModel, s: Config, out: Path, train: list[str], test:
     Calls and tokens are upper bounds.
     """
     weights, odd = (sum(map(f, model.model.parameters())) for f in (torch.numel, lambda p: not p.isfinite().all()))
+    done = len((out / "log.jsonl").read_text().splitlines()) if s.resume and (out / "log.jsonl").exists() else 0
     faults = {
+        f"{out} is {done} steps old: give --steps as many or more.": done > s.steps,
         "--states, --group, --test, --micro-batch and --save-every must be 1 or more.":
             min(s.states, s.group, s.test, s.micro_batch, s.save_every) < 1,
         f"--states {s.states} cannot be shared by {world()} processes: choose a multiple.": s.states % world(),

@@ -98,6 +98,10 @@ def test_correct_answer_wins_only_if_it_is_one_option(fixed: object, letter: str
     assert choice_letter(record(error_type="wrong_groundtruth", correct_answer=fixed)) == letter
 
 
+def test_a_record_without_choices_or_answer_has_no_letter():
+    assert data.choice_letter({}) is None and data.choice_letter({"choices": None, "answer": "A"}) is None
+
+
 def test_records_without_a_right_option_are_dropped():
     for kind in ("no_correct_answer", "No correct answer", "No Correct Answer", "NO-CORRECT-ANSWER "):
         assert choice_letter(record(error_type=kind, correct_answer="A")) is None

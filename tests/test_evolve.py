@@ -505,7 +505,7 @@ def test_trees_that_are_a_round_ahead_are_cut_back(tmp_path: Path) -> None:
         evolve.restore_trees(tmp_path, ["a/b", "c"])
 
 
-def test_a_run_folder_is_never_mistaken_for_another(tmp_path: Path) -> None:
+def test_a_run_folder_is_never_mistaken_for_another(tmp_path: Path, monkeypatch) -> None:
     out, s = tmp_path / "run", Config(task="jsonl", rounds=5)
     with pytest.raises(SystemExit, match="holds no run to resume: leave --resume out"):
         evolve.open_run(replace(s, resume=True), out, free=["rounds"])
@@ -525,6 +525,9 @@ def test_a_run_folder_is_never_mistaken_for_another(tmp_path: Path) -> None:
     assert not (out / "results.json").exists()
     with pytest.raises(SystemExit, match=r"config.json.* cannot be written .*: name another --out"):
         evolve.open_run(s, out / "config.json" / "run", free=[])
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(SystemExit, match="new/run cannot be written: name another --out"):
+        evolve.open_run(s, tmp_path / "new" / "run", free=[], look=True)
 
 
 def test_overwrite_deletes_no_checkpoint_and_no_training_run(tmp_path: Path) -> None:
@@ -623,6 +626,45 @@ def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
     assert rows == [f"| untrained | {method} {nothing} | {once} |" for method in methods] + [
         f"| trained | {method} {everything} | {once + 2 * 6 + calls.get(method, 2 * 2 * 6)} |" for method in methods]
     assert seeds == [5, 6] * 12 and capsys.readouterr().out.splitlines()[2:-1] == rows
+
+
+def test_compare_goes_on_where_it_was_killed(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """No edit is asked for twice: an interrupted comparison ends with the trees and the means of a whole one."""
+    monkeypatch.chdir(tmp_path)
+    s = Config(solver=str(checkpoints / "narrow"), editor=str(checkpoints / "wide"), compare=True, seeds=2, **TINY)
+    evolve.main(replace(s, out="whole"))
+    real, saves = evolve.save_trees, []
+
+    def save_or_stop(folder: Path, trees: dict) -> None:
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+        saves.append(folder)
+        real(folder, trees)
+
+    monkeypatch.setattr(evolve, "save_trees", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        evolve.main(replace(s, out="cut"))
+    monkeypatch.setattr(evolve, "save_trees", real)
+    sampled = []
+    monkeypatch.setattr(evolve, "write_edits", lambda *args, f=evolve.write_edits: sampled.append(1) or f(*args))
+    evolve.main(replace(s, out="cut", resume=True))
+    whole, cut = (sorted(Path(run).rglob("trees/**/*.json")) for run in ("whole", "cut"))
+    assert len(whole) == len(cut) >= 16 and [a.read_bytes() for a in whole] == [b.read_bytes() for b in cut]
+    means = [[row.rpartition(" | ")[0] for row in Path(run, "compare.md").read_text().splitlines()]
+             for run in ("whole", "cut")]
+    assert means[0] == means[1] and len(sampled) == 8 * 2 * TINY["rounds"] - 5
+    capsys.readouterr()
+
+
+def test_fewer_rounds_than_there_are_are_refused(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    s = Config(solver=str(checkpoints / "narrow"), editor=str(checkpoints / "wide"), out="run", **TINY)
+    evolve.main(s)
+    config = Path("run/config.json").read_text()
+    with pytest.raises(ValueError, match=f"run is {TINY['rounds']} rounds old: give --rounds as many or more"):
+        evolve.main(replace(s, resume=True, rounds=1))
+    assert Path("run/config.json").read_text() == config
+    capsys.readouterr()
 
 
 def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch) -> None:
@@ -833,6 +875,7 @@ CASES = {
     "no server": (["--editor", "NOWHERE"], ["NOWHERE", "see that the server is up"]),
     "no server, with a name": (["--editor", "NOWHERE", "--editor-model", "x"], ["NOWHERE", "that the server is up"]),
     "no checkpoint": (["--solver", "some/folder"], ["some/folder", "python train.py"]),
+    "no tokenizer": (["--editor", "BARE"], ["bare", "tokenizer files are missing"]),
     "no template": (["--editor", "MUTE"], ["mute", "chat template", "instruct model"]),
     "an unknown flag": (["--rouns", "3"], ["--rouns"]),
     "a method that does not fit": (["--task", "mini", "--method", "textgrad"], ["textgrad", "mini", "lse, gepa"]),
@@ -843,7 +886,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_wrong_is_said_in_a_sentence(bird: Path, scene, checkpoints: Path, tmp_path: Path, case: str) -> None:
     more, said = CASES[case]
-    names = {"NOWHERE": no_server(), "MUTE": str(checkpoints / "mute")}
+    bare = tmp_path / "bare"  # half a download
+    shutil.copytree(checkpoints / "wide", bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    names = {"NOWHERE": no_server(), "MUTE": str(checkpoints / "mute"), "BARE": str(bare)}
     asked = len(scene.requests)
     code, output = cli.run(["--task", "bird", "--data", bird, "--solver", scene.url, "--editor", scene.url, *FEW,
                             *(names.get(word, word) for word in more)], tmp_path, {"HF_HUB_OFFLINE": "1"} if

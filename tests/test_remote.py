@@ -101,6 +101,12 @@ def test_finish_reason_length_is_truncated() -> None:
     assert (long.text, long.truncated) == ("one two", True) and (short.text, short.truncated) == ("four", False)
 
 
+def test_a_key_in_an_answer_is_not_kept_and_an_ordinary_word_is() -> None:
+    with serve(lambda messages, body: f"Bearer {KEY} EMPTY") as server:
+        assert remote(server.url, api_key=KEY).sample([ask("a")])[0][0].text == "Bearer *** EMPTY"
+        assert "EMPTY" in remote(server.url, api_key="EMPTY").sample([ask("a")])[0][0].text
+
+
 @pytest.mark.parametrize("finish", ["length", "content_filter"])
 def test_no_content_is_an_empty_answer(finish: str) -> None:
     """Cut off while reasoning, or refused by a filter: it would happen again, and must not end a run of thousands."""

@@ -234,6 +234,9 @@ def test_settings_on_resume(small, tmp_path):
     small(moved, resume=True, steps=3, save_every=2)
     assert [line["step"] for line in log_lines(moved)] == [0, 1, 2]
     assert log_lines(moved)[2]["lr"] == log_lines(tmp_path / "long")[2]["lr"]
+    with pytest.raises(ValueError, match="moved is 3 steps old: give --steps as many or more"):
+        small(moved, resume=True, steps=2)
+    assert json.loads((moved / "config.json").read_text())["steps"] == 3
     small(moved, overwrite=True, lr=0.01)
     assert len(log_lines(moved)) == 2
 

@@ -528,6 +528,15 @@ def test_one_folder_too_deep_says_what_was_looked_for(tmp_path):
         Bird(tmp_path / "dev_databases")
 
 
+def test_links_are_followed(tmp_path):
+    """A folder of data is often a link to a bigger disk; a link to a folder above must not go round for ever."""
+    make_bird(tmp_path / "disk" / "bird")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bird").symlink_to(tmp_path / "disk" / "bird")
+    (tmp_path / "disk" / "bird" / "round").symlink_to(tmp_path / "disk")
+    assert [len(Bird(tmp_path / "data").problems(name)) for name in ("a", "b")] == [2, 2]
+
+
 def test_a_database_in_two_files_belongs_to_mini_dev(tmp_path):
     make_bird(tmp_path, "dev", file="mini_dev_sqlite.json", questions=entries("a", 3))
     make_bird(tmp_path, "dev")

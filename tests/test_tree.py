@@ -193,6 +193,7 @@ def test_save_and_load_round_trip_exactly(tmp_path_factory, edits):
     )
     for text, value, scores, note in edits:
         tree.add(tree.nodes[-1], text, value, scores, [{"question": text}], note)
+    tree.add(0, "\ud83d" + "\ude00", 0.5)  # two halves that would make one character are not made one
     tree.select("ucb")
     tree.save(path)
     loaded = EvolutionTree.load(path)
