@@ -76,7 +76,7 @@ class Settings:
     max_prompt_tokens: int = option(0, "longest editor prompt: problems are left out to fit; 0: what the model reads")
     max_batch_tokens: int = option(65536, "tokens per batch of local generation, padding and new tokens included")
     # How a script runs, and where.
-    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (method lse)")
+    search: Literal["ucb", "chain", "best", "pareto"] = option("ucb", "which node to edit next (not for baselines)")
     out: str = option("", "the run's folder; empty: runs/<task>, of evolve.py runs/<task>-evolve")
     resume: bool = option(False, "go on from the last finished step or round of the run in --out")
     overwrite: bool = option(False, "delete the run in --out first")
@@ -103,7 +103,8 @@ def with_presets(settings: Settings, presets: dict[str, dict] = PRESETS, remote:
     ValueError names what no run could work with.
     """
     kind = "mini" if settings.task == "mini" else "paper" if remote or torch.cuda.is_available() else "rehearsal"
-    if kind == "rehearsal":
+    paper = presets[kind].get("rounds") == PRESETS["paper"]["rounds"]  # --paper-protocol
+    if kind == "rehearsal" and not paper and os.environ.get("RANK", "0") == "0":
         print("No GPU here: what you do not set is a rehearsal's. Every line of code runs, and nothing can be learned.")
     given = {name: value for name, value in asdict(settings).items() if value is not None}
     s = replace(settings, **PRESETS[kind] | presets[kind] | given)
@@ -122,6 +123,9 @@ def editor_sampling(s: Settings) -> dict:
     return dict(max_new_tokens=s.editor_tokens, temperature=s.editor_temperature, top_p=s.top_p, top_k=s.top_k)
 
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers whose cache prompts can share
+
+
 def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
     """A checkpoint folder or hub name: bf16 on a GPU if there is one, else float32 on the CPU.
 
@@ -133,6 +137,9 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
         if not tokenizer("a")["input_ids"]:  # half a download: transformers makes an empty one without a word
             raise ValueError("its tokenizer files are missing")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        odd = {*(getattr(model.config.get_text_config(), "layer_types", None) or [])} - ATTENTION
+        if odd:
+            raise ValueError(f"its layers of {', '.join(odd)} have no cache that prompts could share: choose another")
         return LocalModel(model.to(device), tokenizer, max_batch_tokens)  # type: ignore[arg-type]
     except Exception as error:  # half a download, no chat template, ...: every library has errors of its own
         why = (str(error) or repr(error)).strip().splitlines()[0]
@@ -349,7 +356,7 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
             for (d, text, batch), answers in zip(tried, again):
                 if sum(a.correct for a in answers) <= before[d]:
                     edits[d] = (None, f"no better on its minibatch than {before[d]} of {len(batch)}", text)
-        # 4. Score it on the holdout. 5. Attach it. An invalid edit costs its round and is recorded with the reason.
+        # 4. Score it on the holdout. 5. Attach it. A rejected edit costs its round and is recorded with the reason.
         valid = [d for d in trees if edits[d][0] is not None]
         scores = dict(zip(valid, score_all(task, solver, [(edits[d][0], splits[d]["holdout"]) for d in valid], s)))
         for (d, (text, note, wrote)), summary in zip(edits.items(), summaries):
@@ -361,14 +368,15 @@ def evolve_all(task, trees: dict[str, EvolutionTree], solver, editor, s: Setting
     return trees
 
 
-def evolve(task, domain: str, solver, editor, settings: Settings | None = None, search: str = "ucb",
-           method: str = "lse", **changes) -> EvolutionTree:
-    """Evolve the instructions of one domain; `changes` are fields of Settings, such as rounds=5.
+def evolve(task, domain: str, solver, editor, settings: Settings | None = None, method: str = "lse",
+           **changes) -> EvolutionTree:
+    """Evolve the instructions of one domain; `changes` are fields of Settings, such as rounds=5 or search="chain".
 
     What stays None takes the preset of the task's name (see with_presets); a task of your own gets the paper's values.
+    Nothing is written: fields that say how a script runs, from `out` to `dry_run`, play no part.
     """
     s = with_presets(replace(settings or Settings(), **{"task": task.name} | changes), remote=True)
-    return evolve_all(task, plant(task, [domain], solver, s), solver, editor, s, search, method)[domain]
+    return evolve_all(task, plant(task, [domain], solver, s), solver, editor, s, s.search, method)[domain]
 
 
 def final_test(task, trees: dict[str, EvolutionTree], solver, s: Settings) -> dict[str, tuple[list, list]]:
@@ -466,7 +474,7 @@ def tree_text(tree: Any) -> str:
 
 
 def tree_svg(tree: Any, name: str, low: float, high: float) -> str:
-    """`tree_text` as a picture: score as colour and number, the way to the best node thick, invalid edits hollow.
+    """`tree_text` as a picture: score as colour and number, the way to the best node thick, rejected edits hollow.
 
     Every node is a link to its details, whose ids are "{name}-{id of the node}". Units are pixels: the picture is not
     shrunk to a narrow window, where nobody could read it, but scrolled.
@@ -498,7 +506,7 @@ def chart_svg(runs: dict[str, Any], low: float, high: float) -> str:
         return f"{50 + 300 * i / rounds:.1f} {190 - 180 * (score - low) / (high - low):.1f}"
 
     for k, tree in enumerate(runs.values()):
-        scores = [node.score for node in tree.nodes]  # None, an invalid edit, never raises the best so far
+        scores = [node.score for node in tree.nodes]  # None, a rejected edit, never raises the best so far
         line = " ".join(at(i, max(score or 0.0 for score in scores[: i + 1])) for i in range(len(scores)))
         dots = "".join(f"M{at(i, score)}h0" for i, score in enumerate(scores) if score is not None)
         out += f'<a class="run c{k % 5}" href="#t{k}"><path d="M{line}"/><path class="dots" d="{dots}"/></a>'
@@ -691,9 +699,10 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     batches, score = s.k * (1 + (s.compare or s.method == "gepa")), s.holdout * s.samples
     answers = trees * (score + s.rounds * (batches + score) + 2 * s.test * s.samples)
     edits = trees * s.rounds * (1 + (s.compare or s.method == "textgrad"))
-    size = 2 * edits * (s.k * (5 * s.solver_tokens + 4000) + 5 * s.editor_tokens)  # a node keeps what the editor saw
-    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
     problems = [problem for parts in splits.values() for part in parts.values() for problem in part]
+    longest = max(len(problem.question + problem.gold) for problem in problems)  # a node keeps what the editor saw
+    size = 2 * edits * (s.k * (longest + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)
+    least = ", ".join(f"{min(len(p[name]) for p in splits.values())} {name}" for name in ("pool", "holdout", "test"))
     return (f"Plan\n  {trees} trees of {s.rounds} rounds on {len(splits)} domains, the smallest with problems: {least}"
             "\n  " + afford(task, (solver, editor), (answers, edits), problems, s, out, size))
 

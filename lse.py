@@ -510,7 +510,7 @@ class MasterAdamW:
 
 @dataclass
 class Node:
-    """One version of the instructions. `score` None: an invalid edit, kept for the record and never selected."""
+    """One version of the instructions. `score` None: a rejected edit, kept for the record and never selected."""
 
     id: int
     parent: int | None  # id of the node it was edited from; None for the root
@@ -519,7 +519,7 @@ class Node:
     scores: list[float] | None = None  # the score of each holdout problem, for "pareto"
     visits: int = 0  # v: how often it was selected
     summary: list[dict] = field(default_factory=list)  # S: the graded problems seen when it was made
-    note: str = ""  # why an edit is invalid
+    note: str = ""  # why an edit was rejected
 
 
 class EvolutionTree:
@@ -532,7 +532,7 @@ class EvolutionTree:
 
     def add(self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None,
             note: str = "") -> Node:
-        """Attach an edit. A score of None or NaN records an invalid one, with the reason in `note`."""
+        """Attach an edit. A score of None or NaN records a rejected one, with the reason in `note`."""
         parent = parent.id if isinstance(parent, Node) else parent
         if self.nodes and parent not in range(len(self.nodes)):
             raise ValueError(f"No node {parent} in a tree of {len(self.nodes)} nodes.")

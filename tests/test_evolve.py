@@ -294,7 +294,7 @@ def test_reflexion_keeps_the_head_and_the_last_lessons() -> None:
 def grow(editor: Scribe, method: str = "lse", search: str = "ucb", **changes) -> tuple[EvolutionTree, Scribe]:
     """A tree over a domain in which a holdout problem is right under skill n iff its number is below n."""
     solver = Scribe(skilled)
-    return evolve.evolve(Toy(a=20), "a", solver, editor, settings(), search, method, **changes), solver
+    return evolve.evolve(Toy(a=20), "a", solver, editor, settings(), method, search=search, **changes), solver
 
 
 def holdout_score(skill: int) -> float:
@@ -444,6 +444,16 @@ def test_mean_and_standard_error() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line, in parts
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_is_said_once_and_not_of_the_papers_protocol(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    own, paper = Config(task="jsonl"), dict.fromkeys(evolve.PRESETS, evolve.PRESETS["paper"])
+    assert with_presets(own).rounds == 2 and "No GPU here" in capsys.readouterr().out
+    assert with_presets(own, paper).rounds == 25
+    monkeypatch.setenv("RANK", "1")
+    with_presets(own)
+    assert capsys.readouterr().out == ""
 
 
 def test_presets_fill_only_what_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,6 +664,12 @@ def test_compare_goes_on_where_it_was_killed(checkpoints: Path, tmp_path: Path, 
              for run in ("whole", "cut")]
     assert means[0] == means[1] and len(sampled) == 8 * 2 * TINY["rounds"] - 5
     capsys.readouterr()
+
+
+def test_layers_without_a_cache_to_share_are_refused(checkpoints: Path, monkeypatch) -> None:
+    monkeypatch.setattr(evolve, "ATTENTION", {"sliding_attention"})
+    with pytest.raises(SystemExit, match="its layers of full_attention have no cache that prompts could share"):
+        evolve.load_model(checkpoints / "wide")
 
 
 def test_fewer_rounds_than_there_are_are_refused(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
