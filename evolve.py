@@ -518,11 +518,15 @@ def diff(old: str, new: str) -> str:
 
     >>> diff("Be brief. Be kind.", "Be brief. Be exact.")
     'Be brief.<del> Be kind.</del><ins> Be exact.</ins>'
+    >>> diff("rank c1", "rank c1\\nage c2")  # a line that only gets a successor is unchanged
+    'rank c1<ins>\\nage c2</ins>'
     """
     a, b = (re.split(r"(?<=[.:;!?\n])|(?=\n)", text) for text in (old, new))  # splits between characters
     steps = [(kind, esc("".join(a[i:j])), esc("".join(b[k:m])))
              for kind, i, j, k, m in SequenceMatcher(None, a, b).get_opcodes()]
-    return "".join(was if kind == "equal" else f"<del>{was}</del><ins>{now}</ins>" for kind, was, now in steps)
+    marks = {"equal": "{0}", "delete": "<del>{0}</del>", "insert": "<ins>{1}</ins>"}
+    marks["replace"] = marks["delete"] + marks["insert"]
+    return "".join(marks[kind].format(was, now) for kind, was, now in steps)
 
 
 def node_html(tree: Any, node: Any, name: str) -> str:

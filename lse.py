@@ -156,9 +156,12 @@ class LocalModel:
             pending[-1].append(row)
         while pending:
             batch, samples = pending.pop(0), []
-            with suppress(*[torch.OutOfMemoryError] * (len(batch) > 1)):  # one row alone cannot be halved
+            try:
                 samples = self._generate(batch, options)
-            if not samples:  # out of memory; by now no traceback holds the batch's tensors any more
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:  # cannot be halved
+                    raise
+            if not samples:  # not within `except`, whose traceback still holds the batch's tensors
                 torch.cuda.empty_cache()
                 pending[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             for row, sample in zip(batch, samples):

@@ -666,6 +666,27 @@ def test_compare_goes_on_where_it_was_killed(checkpoints: Path, tmp_path: Path, 
     capsys.readouterr()
 
 
+def test_a_full_disk_is_a_sentence_that_says_how_to_go_on(monkeypatch) -> None:
+    def main(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "argv", ["evolve.py"])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    with pytest.raises(SystemExit, match="No space left on device: make room or give access, then go on with --resume"):
+        evolve.start(main, Config, "")
+
+
+def test_the_plan_counts_the_length_of_the_questions(checkpoints: Path) -> None:
+    models = evolve.load_models(Config(solver=str(checkpoints / "wide"), editor=str(checkpoints / "wide")))
+    s, sizes = with_presets(Config(rounds=3, test=0)), []
+    for words in (1, 100_001):
+        problems = [Problem(f"{i}", f"item {i} profit " + "x" * words, "", "a", "pool") for i in range(3)]
+        splits = {"a": {"pool": problems, "holdout": problems, "test": []}}
+        text = evolve.plan(data.Mini(), splits, *models, s, Path("x"))
+        sizes.append(float(re.search(r"up to ([\d.]+) MB", text)[1]))
+    assert sizes[1] == pytest.approx(sizes[0] + 2 * 3 * 4 * 0.1, abs=0.1)
+
+
 def test_layers_without_a_cache_to_share_are_refused(checkpoints: Path, monkeypatch) -> None:
     monkeypatch.setattr(evolve, "ATTENTION", {"sliding_attention"})
     with pytest.raises(SystemExit, match="its layers of full_attention have no cache that prompts could share"):

@@ -236,6 +236,13 @@ def test_what_an_edit_changed_is_shown(tmp_path: Path) -> None:
     assert shown.text == "Keep me.\n"
 
 
+def test_a_child_of_a_rejected_edit_has_no_change_to_show():
+    tree = report.EvolutionTree("seed", 0.5)
+    tree.add(0, "", None, note="no tags")
+    tree.add(1, "child", 0.75)
+    assert "2  0.750 ★ best" in report.tree_text(tree)
+
+
 def test_diff_loses_nothing() -> None:
     rng = random.Random(3)
     for _ in range(200):
