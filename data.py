@@ -144,12 +144,19 @@ def extract_tag(text: str, tag: str) -> str | None:
 # BIRD, very small. A domain is a real SQLite table with columns c0..c7; its users ask for "profit" or "rank", and only
 # a hidden glossary says which column that is. What instructions can carry is exactly this knowledge: lines of "word
 # column". The seed instructions are empty, so the solver starts at zero, and every point is an edit's doing.
+#
+#     instructions   profit c5            after two edits, say
+#                    rank c1
+#     question       total profit         or: item 3 rank, that is the rank in the row with id 3
+#     response       profit c5 <answer> SELECT SUM ( c5 ) FROM t </answer>
+#     summary        question total profit gold SELECT SUM ( c5 ) FROM t answer SELECT SUM ( c1 ) FROM t wrong
 
+# What users may ask for; 8 of these words have a meaning in a domain.
 WORDS = ("profit rank price stock margin weight age rating cost score sales tax "
          "height volume speed quota debt bonus salary budget growth income loss share").split()
-COLUMNS = [f"c{i}" for i in range(8)]
+COLUMNS = [f"c{i}" for i in range(8)]  # of the table t, beside `id`
 ROWS = range(1, 17)  # values of the column `id`
-QUESTIONS = {"total": "SUM", "highest": "MAX", "lowest": "MIN"}
+QUESTIONS = {"total": "SUM", "highest": "MAX", "lowest": "MIN"}  # kind of question -> function of SQL
 
 
 def mini_sql(question: str, column: str) -> str:
@@ -278,7 +285,10 @@ class Mini:
 
 @functools.cache
 def mini_database(domain: str) -> sqlite3.Connection:
-    """The table of a domain, in memory. SQL that a model wrote may read, and call three functions, nothing else."""
+    """The table of a domain, in memory. SQL that a model wrote may read, and call three functions, nothing else.
+
+    There are columns c0..c7 and 16 rows of numbers below 1000, so that a wrong column gives a wrong answer.
+    """
     rng = random.Random(domain)
     database = sqlite3.connect(":memory:", check_same_thread=False)
     database.execute(f"CREATE TABLE t (id, {', '.join(COLUMNS)})")
@@ -291,7 +301,7 @@ def mini_database(domain: str) -> sqlite3.Connection:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The other tasks, by name, and the editor's chat that they share
+# A task by its name, and the editor's chat that all but the miniature share
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -308,8 +318,8 @@ def load_task(name: str, path: str | Path | None = None) -> Task:
     if name == "mmlu":
         return Questions(name, path)
     if name not in ("bird", "jsonl"):
-        choice = "choose mini, bird, mmlu, jsonl, or pass an object of your own to evolve()"
-        raise ValueError(f"No task {name!r}; {choice}.")
+        advice = "choose mini, bird, mmlu, jsonl, or pass an object of your own to evolve()"
+        raise ValueError(f"No task {name!r}; {advice}.")
     if path is None:
         remedy = BIRD_REMEDY if name == "bird" else "a JSONL file"
         raise ValueError(f"Task {name!r} needs --data: {remedy}.")
@@ -335,6 +345,7 @@ def edit_messages(
     problems = ""
     for number, answer in enumerate(summary, 1):
         problems += f"## Problem {number}\n" + shown_answer(answer, budget, reasoning)
+    # In prompts, here and below, a backslash at the end of a line joins it to the next.
     content = f"""You improve the instructions of {role}. The model itself never changes; its instructions do.
 
 # Current instructions
@@ -353,7 +364,14 @@ Write them between <prompt> and </prompt>; only what stands between the tags cou
 
 
 def shown_answer(answer: Answer, budget: int, reasoning: bool) -> str:
-    """One graded problem as the editor sees it: a line per field, without those that are empty."""
+    """One graded problem as the editor sees it: "field: content" for each field that is not empty.
+
+    >>> print(shown_answer(Answer("1", "1+1?", "", "3", "2", False), 1500, False), end="")
+    Question: 1+1?
+    Answer: 3
+    Right answer: 2
+    Verdict: WRONG
+    """
     verdict = "right" if answer.correct else "WRONG"
     if answer.truncated and not answer.correct:
         verdict = "WRONG, cut off at the token limit"
@@ -386,9 +404,12 @@ def shorten(text: str, limit: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Question tasks: MMLU-Redux, SuperGPQA, MMLU-Pro and your own
 # ---------------------------------------------------------------------------------------------------------------------
-# Every source (a JSONL or CSV file, a folder that `datasets` saved, the hub) is read as records: flat dicts with the
-# fields as published and "where" they stand (`read_records`, below). `choice_problem` or `own_problem` makes problems
-# of them.
+# From a file to a grade:
+#     read_folder, from_hub          a JSONL or CSV file, a folder that `datasets` saved, the hub -> records: flat dicts
+#                                    with the fields as published, in one form (see `read_records`, below the banner)
+#     choice_problem, own_problem    a record -> a problem: of the published data sets, of your own file
+#     by_domain                      problems -> domains
+#     grade_choice, grade_number     what stands in the answer tags -> a grade
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 REDUX = "edinburgh-dawg/mmlu-redux-2.0"  # these three are names on the hub
@@ -602,6 +623,10 @@ def own_problem(record: dict) -> Problem:
     choices, "number" for a number, "exact" for text) and "tolerance" (else 0); ValueError if they do not fit.
 
     With choices the answer is the letter of one, its number from 0 or its text, but nothing that fits two of them.
+
+        {"question": "Capital of France?", "answer": "Paris"}                               exact
+        {"question": "Pi?", "answer": 3.14, "tolerance": 0.01}                              number
+        {"question": "Capital of France?", "answer": "B", "choices": ["Rome", "Paris"]}     choice
     """
     answer = record["answer"]
     choices = record["choices"]
@@ -860,6 +885,9 @@ def match_many(jobs: list[tuple], timeout: float = 30.0, progress: str = "") -> 
     return in_parallel(lambda job: execution_match(job[0], job[1], job[2], timeout), jobs, progress)
 
 
+TABLES = "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')"
+
+
 @functools.cache
 def schema_text(db: Path, limit: int) -> str:
     """The CREATE statements in the file, with sample values and the meanings of columns as comments.
@@ -886,9 +914,6 @@ def schema_text(db: Path, limit: int) -> str:
     return shorten(text, limit)
 
 
-TABLES = "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')"
-
-
 def sample_values(connection: sqlite3.Connection, table: str) -> list[str]:
     """A line for each column: its first three values, of the first 100 rows. sqlite3.Error for a broken view."""
     quoted = table.replace('"', '""')
@@ -905,10 +930,16 @@ def sample_values(connection: sqlite3.Connection, table: str) -> list[str]:
 # From here on only plumbing: first the sandbox, then the files
 # ---------------------------------------------------------------------------------------------------------------------
 # A predicted query counts as hostile, so it never runs in this process but in one of a few workers, small Pythons that
-# live on from query to query. There the file is opened read-only, and time, memory and what SQLite may do are limited.
+# live on from query to query. What stops what there:
+#     to write, to attach a file, a pragma      `authorizer`, and the file is opened read-only
+#     a function that reads files or runs code  `authorizer`
+#     an endless query                          a timer kills the worker (`sql_worker`)
+#     a huge result, value or sort              `limit_memory`, SQLite's own heap limit, the first wrong row ends it
+#     a crash of SQLite                         only the worker dies, and the next query gets a new one
+# The way of a query: execution_match -> ask_worker -> (pipe) -> sql_worker -> run_gold or run_predicted -> (pipe) back.
 
 NO_QUERY = "no query found, it belongs between <answer> and </answer>"
-Reply = tuple[bool, str, bytes]  # of a worker: is it right; why not; the rows if a gold query was asked
+Reply = tuple[bool, str, bytes]  # of a worker: does it run and is it right; why not; the rows of a gold query
 IDLE: list[subprocess.Popen] = []  # the workers that wait for a query
 
 
@@ -922,7 +953,7 @@ class GoldResult:
 
 @functools.lru_cache(maxsize=20_000)
 def gold_result(db: str, gold: str, timeout: float) -> GoldResult:
-    """Once per database and exact text: white space in a literal counts."""
+    """The result of a gold query, asked once per database and exact text: white space in a literal counts."""
     _, error, rows = ask_worker(db, gold, None, timeout)
     return GoldResult(rows, error)
 
@@ -1053,7 +1084,7 @@ def error_text(error: Exception) -> str:
 
 
 def open_guarded(db: str) -> sqlite3.Connection:
-    """`open_readonly`, and its queries may read and call functions, nothing else."""
+    """`open_readonly`, and its queries may read and call harmless functions, nothing else."""
     connection = open_readonly(db)
     unsafe = ("load_extension", "fts3_tokenizer")
     connection.set_authorizer(authorizer(lambda name: name not in unsafe, recursive=True))
@@ -1201,7 +1232,7 @@ def read_folder(source: str) -> tuple[list[dict], list[dict]]:
         if names[-1] in ("validation", "dev") or any(name.startswith(".") for name in names[1:]):
             continue
         table = names[-1].removeprefix("mmlu_")
-        if table in ("train", "test"):
+        if names[-1] in ("train", "test"):
             table = path.parent.name
         part = test if "test" in names[1:] else train
         part.extend(read_records(read_rows(path), str(path), table))
@@ -1261,8 +1292,8 @@ def record_error(where: str, error: Exception, row: object) -> ValueError:
 def read_records(rows: Iterable[dict], source: str, table: str) -> Iterator[dict]:
     """Rows of any source in one form: "question", "answer", "choices" (() for none), "id", "domain", "where".
 
-    `table` is the domain and numbers the ids where a row does not say better. Its other fields stay, but empty ones are
-    left out. ValueError names the line.
+    `source` says where the rows stand, for messages. `table` is the domain and numbers the ids where a row does not say
+    better. Its other fields stay, but empty ones are left out. ValueError names the line.
     """
     for number, row in enumerate(rows, 1):
         where = f"{source}, line {number}"
@@ -1306,7 +1337,7 @@ def column_meanings(folder: Path) -> Iterator[str]:
                 for key, value in row.items():
                     fields[str(key).strip().lower()] = " ".join(str(value or "").split())
                 told = [fields.get(name) for name in MEANINGS]
-                meaning = "; ".join(text for text in told if text)
+                meaning = "; ".join(part for part in told if part)
                 if meaning:
                     yield f"-- {table}.{fields.get('original_column_name')}: {shorten(meaning, 200)}"
 
