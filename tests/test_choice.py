@@ -296,6 +296,12 @@ def test_one_subject_is_found_at_any_depth(tmp_path: Path, make: Callable):
     assert task.domains("train") == task.domains("test") == ["law"] and len(task.problems("law")) == 1
 
 
+def test_a_prefix_is_no_part_of_the_subject_and_makes_no_test(tmp_path: Path):
+    write_jsonl(tmp_path / "mmlu_law.jsonl", record())
+    write_jsonl(tmp_path / "mmlu_test.jsonl", record())
+    assert choice(tmp_path).domains("all") == ["law", "test"] and choice(tmp_path).domains("train") == ["law"]
+
+
 def test_hidden_files_are_no_subjects(tmp_path: Path):
     write_jsonl(tmp_path / "law.jsonl", record())
     write_jsonl(tmp_path / ".ipynb_checkpoints/law-checkpoint.jsonl", record())
