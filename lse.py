@@ -28,19 +28,20 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
+import httpx2  # comes with transformers; unlike huggingface_hub's client it works under HF_HUB_OFFLINE=1
 import torch
 import torch.nn.functional as F
-from huggingface_hub import InferenceClient, get_session
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import hf_raise_for_status
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
@@ -576,163 +577,6 @@ def control_pattern(tokenizer) -> re.Pattern:
     return re.compile(f"({'|'.join(map(re.escape, controls))})")
 
 
-class RemoteModel:
-    """A model behind an OpenAI-compatible server (OpenAI, Anthropic, vLLM, `transformers serve`), used as a LocalModel.
-
-    base_url: "http(s)://host/v1". model: its name there; None takes the first that GET /v1/models lists.
-    api_key: default $LSE_API_KEY, else $OPENAI_API_KEY; never printed, and cut out of error messages.
-    timeout: seconds without a byte. concurrency: requests in flight.
-    extra: more fields for every request; one that is None is not sent.
-    retries, backoff: what may pass (429, 5xx, timeout, lost connection, unreadable reply) is tried again up to
-    `retries` times, after about backoff * 2^attempt seconds or what Retry-After asks for, never more than a minute.
-    Counts `calls` (responses received) and, as the server reports them, `prompt_tokens` and `completion_tokens`.
-    Raises ConnectionError with the server's own message when it gives up.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        model: str | None = None,
-        api_key: str | None = None,
-        *,
-        timeout: float = 600.0,
-        concurrency: int = 16,
-        retries: int = 5,
-        backoff: float = 1.0,
-        extra: dict | None = None,
-    ) -> None:
-        # "no-key", because without any key InferenceClient would send this machine's Hugging Face token to the server.
-        key = (
-            api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key"
-        ).strip()
-        # The HTTP library would refuse such a key, and quote it; a URL with an @ or ? may hold a password or a key.
-        if not re.fullmatch("[!-~]+", key) or not re.fullmatch(r"https?://[^\s@?]+", base_url):
-            raise ValueError(
-                "the URL looks like http://host:8000/v1, and the key is one ASCII word in LSE_API_KEY"
-            )
-        self.base_url = (
-            base_url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
-        )
-        self._client = InferenceClient(base_url=self.base_url, api_key=key, timeout=timeout)
-        self._key, self.timeout, self.concurrency = key, timeout, concurrency
-        self.retries, self.backoff, self.extra = retries, backoff, extra or {}
-        self.usage = Usage()
-        # refused: settings that the model has turned down
-        self._lock, self._refused = Lock(), set[str]()
-        self.model = model or self._ask({})
-
-    def sample(
-        self,
-        chats: Sequence[Chat],
-        n: int = 1,
-        max_new_tokens: int = 512,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-    ) -> list[list[Sample]]:
-        """n samples for each chat, in order; temperature 0 is greedy. top_k = 0 is not sent: OpenAI has no top_k.
-
-        Each sample is a request of its own, since not every server knows OpenAI's n.
-        """
-        body = {
-            "model": self.model,
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k or None,
-            "stream": False,
-            **self.extra,
-        }
-        # an error cancels the requests that have not begun
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            found = list(
-                pool.map(
-                    self._ask, [{**body, "messages": chat} for chat in chats for _ in range(n)]
-                )
-            )
-        return [found[i * n : (i + 1) * n] for i in range(len(chats))]
-
-    def _ask(self, body: dict) -> Any:
-        """One chat completion, retried: a Sample. For an empty body the name of the first model that the server lists.
-
-        GPT-5 turns down a temperature: a setting that a 400 names is left out from then on, with a warning.
-        """
-        url = f"{self.base_url}/{'chat/completions' if body else 'models'}"
-        for attempt in range(self.retries + 1):
-            sent = {
-                name: value
-                for name, value in body.items()
-                if name not in self._refused and value is not None
-            }
-            if "max_tokens" in self._refused:  # the name that OpenAI's reasoning models insist on
-                sent["max_completion_tokens"] = body["max_tokens"]
-            try:
-                return self._complete(sent) if body else self._first_model()
-            # the last four: odd JSON
-            except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
-                # huggingface_hub stumbles over an error body that is no JSON object: the response is one level down
-                response = getattr(error, "response", None) or getattr(
-                    error.__context__, "response", None
-                )
-                status, after, said = (
-                    0,
-                    "",
-                    f"{error or type(error).__name__} {getattr(error, 'doc', '')}",
-                )
-                if response is not None:
-                    status, after = response.status_code, response.headers.get("retry-after", "")
-                    # str(json): without JSON's escapes, in which the key might hide
-                    with suppress(ValueError):
-                        said = str(response.json())
-            message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
-            named = [
-                name
-                for name in ("max_tokens", "temperature", "top_p", "top_k")
-                if name in sent and name in said
-            ]
-            if named and status in (400, 422):
-                self._refused.add(named[0])
-                warnings.warn(
-                    f"{self.model} turns down {named[0]}, so it is left out ({message})",
-                    stacklevel=2,
-                )
-            elif 400 <= status < 500 and status not in (408, 409, 425, 429):
-                break  # it cannot pass
-            # jitter of its own making: retries must not move a seeded run
-            elif attempt < self.retries:
-                wait = self.backoff * 2**attempt * random.SystemRandom().uniform(0.5, 1.5)
-                time.sleep(min(max(wait, int(after) if after.isdecimal() else 0), 60.0))
-        raise ConnectionError(
-            f"{url} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: see that "
-            "the server is up, check URL, model name, settings, and the key in LSE_API_KEY"
-        )
-
-    def _complete(self, body: dict) -> Sample:
-        """One request, counted. Without content (still reasoning at the limit, or filtered) the answer is empty."""
-        rest = {name: value for name, value in body.items() if name not in ("messages", "model")}
-        reply = self._client.chat_completion(body["messages"], model=body["model"], extra_body=rest)
-        if not reply.get("choices"):
-            raise ValueError(f"a reply without choices: {dict(reply)}")
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
-        with self._lock:
-            self.usage.answers += 1
-            self.usage.cut += cut
-            self.usage.tokens_read += usage.get("prompt_tokens") or 0
-            self.usage.tokens_written += usage.get("completion_tokens") or 0
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be saved
-        # a server may echo the key, and answers are saved; "EMPTY" and the like are no secrets
-        if len(self._key) > 15:
-            text = text.replace(self._key, "***")
-        return Sample(text, None, None, cut)
-
-    def _first_model(self) -> str:
-        headers = {"Authorization": f"Bearer {self._key}"}
-        reply = get_session().get(f"{self.base_url}/models", headers=headers, timeout=self.timeout)
-        hf_raise_for_status(reply)
-        return reply.json()["data"][0]["id"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From here on only efficiency. Sampling: what rows have in common is computed once
 # ---------------------------------------------------------------------------------------------------------------------
@@ -997,3 +841,471 @@ class MasterAdamW:
         for param, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             param.copy_(master)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: a model behind a server. No single answer ends a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+# From the inside out: _send speaks HTTP and makes a Reply of whatever comes, _request finds the route, _chat leaves out
+# the settings that the server turns down, _answer asks again where that may help, _sample reads the reply, _judge says
+# whether the rest of the batch is worth asking for. Nothing raises below `sample`: what went wrong stands in the words.
+
+# Finish reasons, in lower case. What stands in none of these sets (a content filter, say) is a failed answer. No
+# tools are ever offered: a model that "calls" one has ended by itself, and its text is its answer.
+COMPLETE = {"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "tool_calls"}
+CUT = {"length", "max_tokens", "max_length", "model_length", "max_output_tokens"}
+STUMBLED = {"error", "abort", "insufficient_system_resource"}  # the server's trouble: asking again may help
+
+# A server that turns down a setting names it. The first one of these that it names is left out first.
+OPTIONAL = ("top_k", "top_p", "temperature", "max_tokens")
+# A prompt that does not fit is refused in words that name max_tokens, too: that is no word against the setting, and
+# without it vLLM would answer in the room that is left, now and from then on.
+TOO_LONG = re.compile("context.length|too (long|large|big|many|high)|at most|exceed|reduce|maximum", re.I)
+# What no field of a URL may be called: URLs are printed and saved.
+SECRET = re.compile("key|token|secret|passw|auth|sig|code|credential", re.I)
+
+PATIENCE = 8  # after so many answers in a row that the server owes us: is it there at all?
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@dataclass
+class Reply:
+    """What came back for one request."""
+
+    status: int  # of HTTP; 0: nothing came; 408: too late; 200: an answer; 502: a 200 that holds none
+    body: Any = None  # the JSON
+    words: str = ""  # what is wrong, in the server's words; "" for an answer
+    wait: float = 0.0  # seconds that the server asks for (Retry-After)
+
+    @property
+    def may_pass(self) -> bool:
+        """The server's own trouble: worth another try."""
+        return self.status in (0, 408, 409, 425, 429) or self.status >= 500
+
+    @property
+    def no_entry(self) -> bool:
+        """Wrong key, route or model, most likely; but a firewall may refuse one prompt by a 403."""
+        return self.status in (403, 404, 405) or 300 <= self.status < 400
+
+
+@dataclass
+class Batch:
+    """What the requests of one call of `sample` know of each other."""
+
+    owed: int = 0  # answers in a row that the server failed to give
+    why: str = ""  # the words for which the batch was given up
+    over: Event = field(default_factory=Event)  # from now on nobody asks or waits
+
+    def give_up(self, words: str) -> None:
+        """The first words count: what fails after them fails because of it."""
+        self.why = self.why or words
+        self.over.set()
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama, OpenAI, Azure, ...), as a LocalModel.
+
+    base_url: used as given, but for /chat/completions at its end; where it has no such route, /v1 is added. A query
+    (Azure's ?api-version=...) goes along with every request; a key in a URL is refused.
+    model: its name there; None takes the first that GET .../models lists.
+    api_key: default $LSE_API_KEY, else $OPENAI_API_KEY; else "no-key", never this machine's Hugging Face token. Sent
+    as a Bearer token and as Azure's api-key, as OpenAI's own client for Azure does (other servers ignore the latter);
+    to no other host (redirects are not followed); never printed.
+    timeout: seconds without a byte; after such a silence there is one more try. concurrency: requests in flight.
+    retries, backoff: what may pass (429, 5xx, a lost connection, a reply that is none) is tried again up to
+    `retries` times, after about backoff * 2^attempt seconds or what Retry-After asks for, a minute at most.
+    extra: more fields for every request; one that is None is not sent. (vLLM, for one, samples by the checkpoint's
+    own top_k where none is sent: {"top_k": -1} switches that off.)
+
+    No single answer ends a run: one that fails is a Sample with an `error`. `usage` counts answers, failed ones
+    included, and tokens as the server reports them. `dropped` holds the settings that the server turned down, with
+    its words; they are not sent any more. Proxies are used as the environment says, but not on this machine.
+    """
+
+    def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *,
+                 timeout: float = 600.0, concurrency: int = 16, retries: int = 5, backoff: float = 1.0,
+                 extra: dict | None = None) -> None:
+        key = api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key"
+        self._key = key.strip()
+        if not re.fullmatch("[!-~]+", self._key):  # the HTTP library would refuse it, and quote it
+            raise ValueError("the key must be one ASCII word in LSE_API_KEY")
+        self.base_url, self._query = split_url(base_url)
+        self._routes = [self.base_url]  # those that may be right; one, after the first answer
+        if not self.base_url.endswith("/v1"):
+            self._routes.append(f"{self.base_url}/v1")
+        self.concurrency = concurrency
+        self.retries = retries
+        self.backoff = backoff
+        self.extra = extra or {}
+        self.usage = Usage()
+        self.dropped: dict[str, str] = {}  # setting -> the server's words
+        self._answered = False  # has this server ever?
+        self._warned = False  # that it cuts prompts
+        self._lock = Lock()
+        self._client = self._connect(timeout)
+        self.model = model or self._first_model()
+
+    def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
+               top_p: float = 1.0, top_k: int = 0) -> list[list[Sample]]:
+        """n samples for each chat, in order; temperature 0 is greedy. top_k = 0 is not sent: OpenAI has no top_k.
+
+        Each sample is a request of its own, since not every server knows OpenAI's n. ConnectionError, with the
+        server's words, where nothing works: a wrong key or model, a server that stopped answering, or a batch
+        without any answer from a server that does not answer a plain "Hello" either.
+        """
+        body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                "top_k": top_k or None, "stream": False, **self.extra}
+        bodies = [{**body, "messages": chat} for chat in chats for _ in range(n)]
+        batch = Batch()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                found = list(pool.map(partial(self._answer, batch), bodies))
+            finally:
+                batch.over.set()  # after Ctrl-C, too: nobody waits for another try
+        if found and all(sample.error for sample in found):
+            self._say_hello(batch, bodies[-1], found[-1].error)
+        if batch.why:
+            raise ConnectionError(self._failure("chat/completions", batch.why))
+        return [found[i * n : (i + 1) * n] for i in range(len(chats))]
+
+    # One answer: asked for, asked for again, judged, read
+
+    def _answer(self, batch: Batch, body: dict) -> Sample:
+        """One answer, asked for again while that may help. Whatever goes wrong stands in its `error`."""
+        if batch.over.is_set():
+            return Sample("", None, None, False, "not asked for")
+        reply = self._persist(partial(self._chat, body), batch.over)
+        sample = self._sample(reply)
+        with self._lock:
+            self.usage.answers += 1
+            self.usage.failed += bool(sample.error)
+            self.usage.cut += sample.truncated
+        self._judge(batch, body, reply)
+        return sample
+
+    def _persist(self, ask: Callable[[], Reply], over: Event) -> Reply:
+        """The reply, after up to `retries` more tries; after a timeout there is one more."""
+        reply = ask()
+        for attempt in range(self.retries):
+            too_late = reply.status == 408 and attempt > 0
+            if too_late or not reply.may_pass or over.wait(self._pause(attempt, reply)):
+                break
+            reply = ask()
+        return reply
+
+    def _pause(self, attempt: int, reply: Reply) -> float:
+        """Seconds until another try. The jitter is of its own making: retries must not move a seeded run."""
+        wait = self.backoff * 2**attempt * random.SystemRandom().uniform(0.5, 1.5)
+        return min(max(wait, reply.wait), 60.0)
+
+    def _judge(self, batch: Batch, body: dict, reply: Reply) -> None:
+        """Give the batch up where the rest of it would fail in the same way, one by one, for hours.
+
+        A refusal of one prompt (too long, filtered) says nothing of the next one. A key or a bill that is not
+        accepted does; so does a wrong route or model, unless the server has answered before. An answer that the
+        server owes us after all tries may be the prompt's fault: after several in a row, a plain "Hello" tells.
+        """
+        self._answered = self._answered or reply.status == 200
+        if reply.status in (401, 402) or (reply.no_entry and not self._answered):
+            batch.give_up(reply.words)
+        with self._lock:
+            owes = reply.may_pass or reply.no_entry
+            batch.owed = batch.owed + 1 if owes else 0
+            ask = owes and batch.owed % PATIENCE == 0
+        if ask:
+            self._say_hello(batch, body, reply.words)
+
+    def _say_hello(self, batch: Batch, body: dict, words: str) -> None:
+        """Give the batch up, for its `words`, if the server does not even answer "Hello"."""
+        if batch.why:
+            return
+        reply = self._chat({**body, "messages": HELLO})
+        if self._sample(reply).error:
+            batch.give_up(words)
+
+    def _sample(self, reply: Reply) -> Sample:
+        """The sample in a reply: complete, cut (perhaps while still thinking: without text), or failed."""
+        if reply.words:
+            return Sample("", None, None, False, reply.words)
+        choice = entry(entry(reply.body, "choices"), 0)
+        message = entry(choice, "message")
+        text = content_text(entry(message, "content"))
+        reason = finish_reason(choice)
+        if reason in CUT:
+            return Sample(self._clean(text or ""), None, None, True)
+        if reason in COMPLETE and text is not None:
+            return Sample(self._clean(text), None, None, False)
+        words = entry(message, "refusal") or f"no text to use (finish_reason: {reason or 'none'})"
+        return Sample("", None, None, False, self._short(str(words)))
+
+    # One request: settings, route, HTTP
+
+    def _chat(self, body: dict) -> Reply:
+        """One chat completion. A setting that a refusal names is left out, and for good if that was the reason.
+
+        GPT-5 takes no temperature and calls max_tokens max_completion_tokens; Claude takes no top_p beside it.
+        """
+        left_out = dict(self.dropped)
+        while True:
+            sent = {}
+            for name, value in body.items():
+                if name == "max_tokens" and name in left_out:
+                    sent["max_completion_tokens"] = value
+                elif name not in left_out and value is not None:
+                    sent[name] = value
+            reply = self._request("chat/completions", sent)
+            refused = refused_setting(reply, sent)
+            if not refused:
+                break
+            left_out[refused] = reply.words
+        if reply.status == 200:
+            self._keep_out(left_out)
+            self._count_tokens(reply, body)
+        return reply
+
+    def _keep_out(self, left_out: dict[str, str]) -> None:
+        """From now on no request holds these settings. Each is warned of once, whichever thread found it out."""
+        with self._lock:
+            new = [name for name in left_out if name not in self.dropped]
+            self.dropped.update(left_out)
+        for name in new:
+            words = left_out[name]
+            warnings.warn(f"{self.model} turns down {name}, so it is left out ({words})", stacklevel=2)
+
+    def _count_tokens(self, reply: Reply, body: dict) -> None:
+        """Adds up what the server reports, and warns once where it has read far less than was sent.
+
+        Ollama, for one, cuts a prompt at 4,096 tokens and answers 200. A prompt has at least one token per word
+        between white space, and per 8 characters, for scripts without spaces: Chinese has less than 2 characters to
+        a token, English 4 and more. Real counts are 1.3 to 4 times that, so a count below it is far below. Nobody
+        cuts at less than 500.
+        """
+        usage = entry(reply.body, "usage")
+        read = whole_number(entry(usage, "prompt_tokens"))
+        words = " ".join(str(message["content"]) for message in body["messages"]).split()
+        least = max(len(words), len("".join(words)) // 8)
+        with self._lock:
+            self.usage.tokens_read += read
+            self.usage.tokens_written += whole_number(entry(usage, "completion_tokens"))
+            warn = not self._warned and 0 < read < least and least > 500
+            self._warned = self._warned or warn
+        if warn:
+            told = f"it says that it read {read:,} tokens of at least {least:,}"
+            warnings.warn(f"{self.base_url} cuts long prompts: {told}. Give it a longer context "
+                          "(Ollama: num_ctx).", stacklevel=2)
+
+    def _request(self, path: str, sent: dict | None = None) -> Reply:
+        """One request to the route that has answered before; until then, to the given URL, then to it and /v1."""
+        replies: list[Reply] = []
+        routes = self._routes
+        for route in routes:
+            reply = self._send(f"{route}/{path}{self._query}", sent)
+            replies.append(reply)
+            if reply.status == 200:
+                self.base_url = route
+                self._routes = [route]
+            if reply.status not in (404, 405, 502):  # 502: LM Studio answers 200 where it has no route
+                return reply
+        told = max(replies, key=lambda reply: reply.status)  # a 502 may pass, a 404 does not
+        if len(routes) > 1:
+            both = [f"{route}/{path}: {reply.words}" for route, reply in zip(routes, replies)]
+            told.words = "; ".join(both)
+        return told
+
+    def _send(self, url: str, sent: dict | None) -> Reply:
+        """POST `sent`, or GET. Never raises: what there is to say of an error stands in the reply's words."""
+        try:
+            if sent is None:
+                response = self._client.get(url)
+            else:  # in ASCII and \u escapes: no text can fail to be encoded
+                response = self._client.post(url, content=json.dumps(sent).encode())
+        except httpx2.TimeoutException as error:
+            return Reply(408, words=f"no answer: it timed out ({type(error).__name__})")
+        except httpx2.HTTPError as error:
+            return Reply(0, words=self._short(f"no answer: {type(error).__name__} {error}"))
+        try:
+            body = json.loads(response.content)
+        except (ValueError, RecursionError):
+            body = None
+        status = response.status_code
+        if response.is_success:
+            status = worth(body, "data" if sent is None else "choices")
+        if status == 200:
+            return Reply(200, body)
+        said = error_words(body, response.content.decode("utf-8", "replace"))
+        if response.has_redirect_location:
+            said = f"moved to {response.headers['location']}: give that URL"
+        wait = retry_after(response.headers.get("retry-after", ""))
+        return Reply(status, body, self._short(f"{response.status_code}: {said}"), wait)
+
+    # Plumbing
+
+    def _connect(self, timeout: float) -> httpx2.Client:
+        """A client that keeps its connections, for all threads. Proxies are for other machines only."""
+        here = urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+        keys = {"Authorization": f"Bearer {self._key}", "api-key": self._key}
+        try:
+            return httpx2.Client(headers={"Content-Type": "application/json", **keys}, trust_env=not here,
+                                 timeout=httpx2.Timeout(timeout, connect=min(timeout, 20.0)),
+                                 limits=httpx2.Limits(max_connections=self.concurrency))
+        except ImportError as error:  # SOCKS takes one more package
+            raise ValueError(f"the proxy in HTTP_PROXY or ALL_PROXY cannot be used: {error}") from None
+
+    def _first_model(self) -> str:
+        """The first model that the server lists. ConnectionError if it does not answer, or lists none."""
+        reply = self._persist(partial(self._request, "models"), Event())
+        name = entry(entry(entry(reply.body, "data"), 0), "id")
+        if reply.words or not isinstance(name, str):
+            raise ConnectionError(self._failure("models", reply.words or "no models are listed"))
+        return name
+
+    def _failure(self, path: str, words: str) -> str:
+        """What a ConnectionError says: where, the server's words, what its user can do."""
+        return (f"{self.base_url}/{path} failed. {words}\nWhat to do: see that the server is up, check URL, "
+                "model name, settings and quota, and the key in LSE_API_KEY")
+
+    def _short(self, words: str) -> str:
+        """A server's words, fit to be printed and saved: one line without the key."""
+        words = words.encode("utf-8", "replace").decode().replace(self._key, "***")
+        return " ".join(words.split())[:400]
+
+    def _clean(self, text: str) -> str:
+        """A reply's text, fit to be saved: no half of a UTF-16 pair, and no key, which a server may echo."""
+        text = text.encode("utf-8", "replace").decode()
+        if len(self._key) > 15:  # "EMPTY" and the like are no secrets
+            text = text.replace(self._key, "***")
+        return text
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The base URL, without / or /chat/completions at its end, and its query: "" or "?...".
+
+    ValueError, which does not show the URL, if it is none or may hold a password or a key.
+
+    >>> split_url("https://me.azure.com/openai/deployments/gpt/chat/completions?api-version=2024-10-21")
+    ('https://me.azure.com/openai/deployments/gpt', '?api-version=2024-10-21')
+    """
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(httpx2.URL(url).host)
+    except (ValueError, httpx2.InvalidURL):
+        usable = False
+    secret = False
+    if usable:
+        fields = parse_qsl(parts.query, keep_blank_values=True)
+        secret = any(SECRET.search(name) or not value for name, value in fields)  # "?sk-123" is a value alone
+    if not usable or secret or re.search(r"[\s#@]", url):
+        raise ValueError("the URL of a server looks like http://host:8000/v1; keys stand in LSE_API_KEY only")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc}{path}", query
+
+
+def entry(thing: Any, place: str | int) -> Any:
+    """thing[place], or None where there is no such thing: servers send what they please.
+
+    >>> entry(entry({"choices": [7]}, "choices"), 0), entry(None, "choices")
+    (7, None)
+    """
+    if isinstance(thing, dict):
+        return thing.get(place)
+    if isinstance(thing, list) and isinstance(place, int) and place < len(thing):
+        return thing[place]
+    return None
+
+
+def whole_number(value: Any) -> int:
+    """The value if it is a count, else 0."""
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def content_text(content: Any) -> str | None:
+    """A message's text: a string, or the text among its parts, without a reasoning model's thinking. None: none.
+
+    >>> content_text([{"type": "thinking", "thinking": "2 + 2 ..."}, {"type": "text", "text": "4"}])
+    '4'
+    """
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, str):
+            texts.append(part)
+        elif entry(part, "type") in ("text", "output_text") and isinstance(entry(part, "text"), str):
+            texts.append(part["text"])
+    return "".join(texts) if texts else None
+
+
+def finish_reason(choice: Any) -> str:
+    """In lower case, since Google shouts; "" for none."""
+    return str(entry(choice, "finish_reason") or "").lower()
+
+
+def worth(body: Any, wanted: str) -> int:
+    """The status that a 200 deserves: 200 if it holds what is wanted, else the code of its error, else 502.
+
+    >>> worth({"choices": [{"message": {"content": "4"}}]}, "choices"), worth({"error": {"code": 429}}, "choices")
+    (200, 429)
+    >>> worth({"choices": []}, "choices"), worth("lunch break", "data")
+    (502, 502)
+    """
+    first = entry(entry(body, wanted), 0)
+    error = entry(body, "error") or entry(first, "error")
+    code = entry(error, "code")
+    if error:
+        return code if isinstance(code, int) and 400 <= code < 600 else 502
+    if wanted == "data":
+        return 200 if isinstance(entry(body, "data"), list) else 502
+    usable = isinstance(entry(first, "message"), dict) and finish_reason(first) not in STUMBLED
+    return 200 if usable else 502
+
+
+def error_words(body: Any, text: str) -> str:
+    """What an error says: OpenAI's {"error": {"message": ...}} or a relative of it; else the page without tags.
+
+    >>> error_words({"error": {"message": "not with this model", "param": "temperature"}}, "")
+    "not with this model ('temperature')"
+    """
+    if isinstance(body, list) and body:  # Gemini
+        body = body[0]
+    if not isinstance(body, dict):
+        return re.sub("<[^>]*>", " ", str(body or text)).strip() or "an empty reply"
+    choice = entry(body.get("choices"), 0)
+    error = body.get("error") or entry(choice, "error") or body.get("detail") or body
+    words = str(entry(error, "message") or error)
+    # The setting that is meant; and what stands behind OpenRouter's "Provider returned error".
+    for name in ("param", "metadata"):
+        more = entry(error, name)
+        if more and str(more) not in words:
+            words = f"{words} ({more!r})"
+    return words
+
+
+def refused_setting(reply: Reply, sent: dict) -> str:
+    """The setting that a refusal is about, or "".
+
+    >>> refused_setting(Reply(400, words="Unsupported value: 'temperature'"), {"temperature": 0.7, "top_p": 1.0})
+    'temperature'
+    >>> refused_setting(Reply(400, words="max_tokens is too large: 512. The maximum is 196"), {"max_tokens": 512})
+    ''
+    """
+    if reply.status in (400, 422) and not TOO_LONG.search(reply.words):
+        for name in OPTIONAL:
+            if name in sent and re.search(rf"\b{name}\b", reply.words):
+                return name
+    return ""
+
+
+def retry_after(header: str) -> float:
+    """The seconds that a Retry-After header asks for, in decimals or by a date; 0 if it says nothing of use.
+
+    >>> retry_after("1.5"), retry_after("soon"), retry_after("Wed, 21 Oct 2015 07:28:00 GMT")
+    (1.5, 0.0, 0.0)
+    """
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", header):
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
