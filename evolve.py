@@ -748,7 +748,7 @@ class Config(Settings):
     )
 
 
-PRESETS: dict[str, dict[str, float]] = {  # what a field left at None becomes, here and in train.py
+PRESETS: dict[str, dict[str, Any]] = {  # what a field left at None becomes, here and in train.py
     # The miniature's solver is so sure of itself that one greedy answer loses nothing. Tuned on its dev domains.
     "mini": dict(
         rounds=10,
