@@ -22,7 +22,7 @@ def test_a_domain_has_eight_words_with_a_column_each_and_is_the_same_everywhere(
         assert set(glossary) <= set(WORDS) and set(glossary.values()) <= set(COLUMNS)
         assert glossary == Mini().glossary(domain)
     # Pinned: another platform or version that draws otherwise would train in another world.
-    assert data.lines(task.glossary("train000")) == (
+    assert data.glossary_text(task.glossary("train000")) == (
         "volume c5\nrating c0\nweight c6\ntax c2\nrank c1\nquota c7\nheight c4\nshare c3")
     assert task.rows("train000", "SELECT c0, c7 FROM t WHERE id = 1") == [(410, 346)]
     assert len({tuple(sorted(task.glossary(d).items())) for d in task.domains("all")}) == len(task.domains("all"))
@@ -71,6 +71,7 @@ def test_strange_answers_are_wrong_and_change_nothing(task, response, feedback):
     before = task.rows("train001", "SELECT COUNT(*), SUM(c0), SUM(c7) FROM t")
     grade = task.grade(problem, response)
     assert not grade.correct and grade.feedback == feedback
+    assert grade.readable == (grade.answer != "") == ("<answer>" in response and "<answer></answer>" != response)
     task.rows.cache_clear()
     assert task.rows("train001", "SELECT COUNT(*), SUM(c0), SUM(c7) FROM t") == before
 
