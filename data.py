@@ -1,13 +1,14 @@
 """The tasks: problems, prompts and graders.
 
-A task is an object with the seven members of `Task` below. Four come with this file:
+A task is an object with the seven members of `Task` below. Five come with this file:
 
     mini     the miniature: databases with a hidden glossary, for models so small that a laptop trains them
+    shop     hidden facts in plain words: a first task for a small pretrained model
     mmlu     multiple choice: MMLU-Redux, SuperGPQA, MMLU-Pro
     jsonl    questions of your own
     bird     text-to-SQL: BIRD and everything in its format
 
-In this order: what a task is, the miniature, question tasks, text-to-SQL; below the last banner the sandbox in which
+In this order: what a task is, the miniature, the shop, question tasks, text-to-SQL; below the last banner the sandbox in which
 SQL of a model runs, and the reading of files. Left out on purpose: models, rewards and trees, the matter of `lse.py`.
 This file knows nothing of them and can be copied away alone.
 
@@ -199,6 +200,20 @@ def mini_chat(system: str, *turns: str) -> Chat:
     return chat
 
 
+def numbered_names(sizes: dict[str, int], split: str) -> list[str]:
+    """The domains of a generated task, `sizes[split]` for each split.
+
+    >>> numbered_names({"train": 2, "test": 1}, "all")
+    ['train000', 'train001', 'test000']
+    """
+    splits = list(sizes) if split == "all" else [split]
+    names = []
+    for prefix in splits:
+        for i in range(sizes[prefix]):
+            names.append(f"{prefix}{i:03d}")
+    return names
+
+
 class Mini:
     """The miniature task. A domain's name is the seed of all that is in it, so it is the same on every machine."""
 
@@ -211,12 +226,7 @@ class Mini:
 
     def domains(self, split: str = "all") -> list[str]:
         """The domains of "train", "test", "dev" or "all"."""
-        splits = list(self.sizes) if split == "all" else [split]
-        names = []
-        for prefix in splits:
-            for i in range(self.sizes[prefix]):
-                names.append(f"{prefix}{i:03d}")
-        return names
+        return numbered_names(self.sizes, split)
 
     def glossary(self, domain: str) -> dict[str, str]:
         """The hidden truth of a domain: 8 of 24 words, each meaning one column."""
@@ -224,6 +234,10 @@ class Mini:
         words = rng.sample(WORDS, 8)
         columns = rng.sample(COLUMNS, 8)
         return dict(zip(words, columns))
+
+    def perfect_instructions(self, domain: str) -> str:
+        """The whole glossary: what the solver makes of it is the most that edits can reach."""
+        return glossary_text(self.glossary(domain))
 
     def problems(self, domain: str) -> list[Problem]:
         """19 questions about each of 8 words: 2 in the holdout, 4 in the test split, 13 in the pool."""
@@ -301,6 +315,210 @@ def mini_database(domain: str) -> sqlite3.Connection:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The shop: hidden facts in plain words, for small models that have read
+# ---------------------------------------------------------------------------------------------------------------------
+# The miniature's twin in natural language, for real models from 135 million parameters on. A domain is a shop. Six facts
+# about it, of six kinds, are drawn from its name, and no model can know them. Customers ask for them in plain words:
+#
+#     instructions   The manager is Clara.            after an edit, say
+#                    The door is green.
+#     question       Which colour is the door?
+#     response       The door is green.
+#     summary        Which colour is the door? green
+#
+# As in the miniature the seed instructions are empty, the solver starts at zero, and every point is an edit's doing.
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One kind of fact: what it may be, how notes say it, and how customers ask for it."""
+
+    values: tuple[str, ...]  # single words
+    sentence: str  # with {} for the value
+    questions: tuple[str, ...]  # six ways to ask
+
+
+FACTS = {
+    "manager": Fact(
+        ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack"),
+        "The manager is {}.",
+        (
+            "Who is the manager?",
+            "What is the name of the manager?",
+            "Who manages the shop?",
+            "Who is the manager of the shop?",
+            "How is the manager called?",
+            "What is the manager's name?",
+        ),
+    ),
+    "city": Fact(
+        ("Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Delhi", "Rome", "Berlin", "Madrid", "Dublin"),
+        "The shop is in {}.",
+        (
+            "In which city is the shop?",
+            "Where is the shop?",
+            "What city is the shop in?",
+            "In what city is the shop?",
+            "Which city is the shop in?",
+            "Where can I find the shop?",
+        ),
+    ),
+    "door": Fact(
+        ("red", "blue", "green", "yellow", "purple", "orange", "pink", "brown", "black", "white"),
+        "The door is {}.",
+        (
+            "What colour is the door?",
+            "Which colour does the door have?",
+            "What is the colour of the door?",
+            "Which colour is the door?",
+            "What colour is the door of the shop?",
+            "What is the door's colour?",
+        ),
+    ),
+    "pet": Fact(
+        ("cat", "dog", "parrot", "rabbit", "turtle", "goat", "snake", "monkey", "horse", "frog"),
+        "The pet is a {}.",
+        (
+            "What is the pet?",
+            "Which animal is the pet?",
+            "Which pet does the shop have?",
+            "What pet does the shop have?",
+            "What animal is the pet of the shop?",
+            "What kind of animal is the pet?",
+        ),
+    ),
+    "day": Fact(
+        ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+        "The shop is closed on {}.",
+        (
+            "On which day is it closed?",
+            "When is the shop closed?",
+            "Which day is it closed?",
+            "On what day of the week is the shop closed?",
+            "On which day is the shop closed?",
+            "What day is the shop closed?",
+        ),
+    ),
+    "product": Fact(
+        ("shoes", "books", "lamps", "hats", "cakes", "coats", "toys", "clocks", "chairs", "knives"),
+        "The shop sells {}.",
+        (
+            "What does the shop sell?",
+            "What does it sell?",
+            "Which product does it sell?",
+            "What is sold in the shop?",
+            "What is sold there?",
+            "Which things does the shop sell?",
+        ),
+    ),
+}
+
+# The editor's one example is about a lake: other kinds of facts, which answer no question on a shop.
+LAKE_QUESTIONS = "- How long is the lake? nine miles\n- What is the name of the bridge? Long Bridge"
+LAKE_BEFORE = "The lake is forty metres deep."
+LAKE_AFTER = f"{LAKE_BEFORE}\nThe lake is nine miles long.\nThe bridge is named Long Bridge."
+
+
+class Shop:
+    """The task "shop". A domain's name is the seed of all that is in it, so it is the same on every machine."""
+
+    name = "shop"
+    seed_instructions = ""
+
+    def __init__(self, train: int = 12, test: int = 32, dev: int = 16) -> None:
+        """The numbers of domains. "dev" is for tuning: never trained on, never reported."""
+        self.sizes = {"train": train, "test": test, "dev": dev}
+
+    def domains(self, split: str = "all") -> list[str]:
+        """The domains of "train", "test", "dev" or "all"."""
+        return numbered_names(self.sizes, split)
+
+    def facts(self, domain: str) -> dict[str, str]:
+        """The hidden truth of a domain: the value of each kind of fact."""
+        rng = random.Random(f"shop/{domain}")
+        return {kind: rng.choice(fact.values) for kind, fact in FACTS.items()}
+
+    def problems(self, domain: str) -> list[Problem]:
+        """Six questions for each of six facts: one in the holdout, two in the test split, three in the pool."""
+        rng = random.Random(f"shop/{domain}/questions")
+        shuffled = {kind: rng.sample(fact.questions, 6) for kind, fact in FACTS.items()}
+        splits = ["holdout"] + ["test"] * 2 + ["pool"] * 3
+        problems = []
+        for i, split in enumerate(splits):
+            for kind, value in self.facts(domain).items():  # inside: the first six of any split ask for every fact
+                identifier = f"{domain}/{kind}/{i}"
+                problems.append(Problem(identifier, shuffled[kind][i], value, domain, split))
+        return problems
+
+    def perfect_instructions(self, domain: str) -> str:
+        """All that there is to know of a domain: what the solver makes of it is the most that edits can reach."""
+        return "\n".join(FACTS[kind].sentence.format(value) for kind, value in self.facts(domain).items())
+
+    def solve_chat(self, instructions: str, problem: Problem) -> Chat:
+        """One user message: the instructions and, behind them, the question."""
+        content = f"""These are notes on a shop:
+
+{instructions}
+
+Question: {problem.question}
+Answer from the notes in one short sentence."""
+        return [{"role": "user", "content": content}]
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """Right if the first line holds the gold word and no other value of that fact: to name all of them is no answer."""
+        said = first_line(response)
+        if not said:
+            return Grade(False, "", "There is no answer.", readable=False)
+        words = set(re.findall(r"\w+", said.casefold()))
+        kind = problem.id.split("/")[1]
+        named = [value for value in FACTS[kind].values if value.casefold() in words]
+        if named == [problem.gold]:
+            return Grade(True, said)
+        return Grade(False, said, said_and_right(said, problem.gold))
+
+    def edit_chat(self, instructions: str, summary: Summary) -> Chat:
+        """The example as a turn that has been, then the old instructions and the answers that are right."""
+        questions = "\n".join(f"- {a.question} {a.gold}" for a in summary)
+        return [
+            {"role": "user", "content": shop_request(LAKE_BEFORE, LAKE_QUESTIONS)},
+            {"role": "assistant", "content": LAKE_AFTER},
+            {"role": "user", "content": shop_request(instructions, questions)},
+        ]
+
+    def read_edit(self, text: str, cut: bool = False) -> str | None:
+        """New instructions as they are stored: each line once, those of the example left out. None if nothing is left.
+
+        An edit that was cut off is not used: half a sentence is worse than none, and it would be rewarded to ramble.
+        """
+        if cut:
+            return None
+        lines = dict.fromkeys(line.strip() for line in text.split("\n"))
+        kept = [line for line in lines if line and line not in LAKE_AFTER.split("\n")]
+        return "\n".join(kept) or None
+
+
+def shop_request(notes: str, questions: str) -> str:
+    """What the editor of shops is asked."""
+    return f"""Notes:
+{notes or "(none)"}
+
+Questions and right answers:
+{questions}
+
+Write the new notes: keep what is known and add what the answers tell."""
+
+
+def first_line(text: str) -> str:
+    """The first line of a text that is not empty, stripped; "" if there is none."""
+    return text.strip().partition("\n")[0].strip()
+
+
+def said_and_right(said: str, gold: str) -> str:
+    """The feedback on a wrong text: what was said, and what is right."""
+    return f"The answer was {shorten(said, 200)!r}; right is {shorten(gold, 200)!r}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A task by its name, and the editor's chat that all but the miniature share
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -315,6 +533,8 @@ def load_task(name: str, path: str | Path | None = None) -> Task:
     """
     if name == "mini":
         return Mini()
+    if name == "shop":
+        return Shop()
     if name == "mmlu":
         return Questions(name, path)
     if name not in ("bird", "jsonl"):

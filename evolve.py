@@ -40,6 +40,8 @@ from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
 from functools import partial
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -326,7 +328,12 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
     if sample.error:
         return rejected(f"no response: {sample.error}")
     own_reader = getattr(task, "read_edit", None)
-    instructions = own_reader(sample.text) if own_reader else extract_tag(sample.text, tag)
+    if own_reader is None:
+        instructions = extract_tag(sample.text, tag)
+    elif "cut" in signature(own_reader).parameters:
+        instructions = own_reader(sample.text, cut=sample.truncated)
+    else:
+        instructions = own_reader(sample.text)
     if instructions is None and sample.truncated:
         return rejected(f"cut off before </{tag}>")
     if instructions is None:
@@ -703,6 +710,9 @@ class Settings:
     max_batch_tokens: int = option(
         65536, "tokens per batch of local generation, padding and new tokens included"
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of local weights; auto: bfloat16 on a GPU, float32 on the CPU and for tiny models"
+    )
     # How a script runs, and where.
     search: Literal["ucb", "chain", "best", "pareto"] = option(
         "ucb", "which node to edit next (not for baselines)"
@@ -770,6 +780,27 @@ PRESETS: dict[str, dict[str, Any]] = {  # what a field left at None becomes, her
         grow_every=20,
         grow_rounds=10,
     ),
+    # For real models from 135 million parameters on: two CPU cores need half an hour.
+    "shop": dict(
+        rounds=5,
+        k=4,
+        holdout=6,
+        test=12,
+        samples=1,
+        c=0.3,
+        solver_tokens=16,
+        editor_tokens=64,
+        solver_temperature=0.0,
+        editor_temperature=0.7,
+        top_p=1.0,
+        top_k=20,
+        steps=40,
+        states=6,
+        group=4,
+        lr=5e-5,
+        grow_every=10,
+        grow_rounds=5,
+    ),
     # The paper keeps no test split. 30 is what a subject of MMLU-Redux (95 problems) has left for one.
     "paper": dict(
         rounds=25,
@@ -824,14 +855,15 @@ AT_LEAST_ONE = {
 
 
 def with_presets(settings: Settings, remote: bool = False) -> Any:
-    """The same settings with every None filled in: the miniature's values, the paper's, or without a GPU a rehearsal's.
+    """The same settings with every None filled in: the values of the miniature or the shop, the paper's, or without a
+    GPU a rehearsal's.
 
     `remote`: the models run elsewhere, so this machine needs no GPU. ValueError names what no run could work with.
     """
     if getattr(settings, "paper_protocol", False):
         preset = PRESETS["paper"] | {"test": 0}
-    elif settings.task == "mini":
-        preset = PRESETS["mini"]
+    elif settings.task in ("mini", "shop"):
+        preset = PRESETS[settings.task]
     elif remote or torch.cuda.is_available():
         preset = PRESETS["paper"]
     else:
@@ -887,21 +919,24 @@ ATTENTION = {
 }  # layers whose cache prompts can share
 
 
-def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
-    """A checkpoint folder or hub name: a tiny model in float32 on the CPU, another in bf16 on a GPU if there is one.
+def load_model(name: str | Path, max_batch_tokens: int = 65536, dtype: str = "auto") -> LocalModel:
+    """A checkpoint folder, a hub name or a GGUF file, on the GPU if there is one; a tiny model stays on the CPU.
 
-    Of several processes each takes a GPU of its own. SystemExit says what cannot be loaded, and why.
+    `dtype` "auto" stands for bf16 on a GPU and float32 on the CPU. Of several processes each takes a GPU of its own.
+    SystemExit says what cannot be loaded, and why.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if not tokenizer("a")[
-            "input_ids"
-        ]:  # half a download: transformers makes an empty one without a word
+        place, file = checkpoint_place(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(place, **file)
+        # half a download: transformers makes an empty one without a word
+        if not tokenizer("a")["input_ids"]:
             raise ValueError("its tokenizer files are missing")
         gpu = torch.cuda.is_available()
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if gpu else torch.float32
-        )
+        wanted = dtype
+        if dtype == "auto":
+            wanted = "bfloat16" if gpu else "float32"
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, wanted), **file)
+        forget_quantization(model)
         layers = getattr(model.config.get_text_config(), "layer_types", None) or []
         odd = set(layers) - ATTENTION
         if odd:
@@ -910,7 +945,7 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
             )
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
-            if gpu:  # once more: rounding to bf16 cannot be undone
+            if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         elif gpu:
             from accelerate import (
@@ -926,6 +961,36 @@ def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
         raise SystemExit(
             f"No model can be loaded from {name} (`python train.py` makes runs/...): {why}"
         ) from None
+
+
+def checkpoint_place(name: str) -> tuple[str, dict[str, str]]:
+    """Where a checkpoint is, as arguments of `from_pretrained`: for FOLDER/FILE.gguf the folder, and the file's name.
+
+    A folder that holds one GGUF and no config.json stands for that file. ValueError without the package that reads it.
+
+    >>> checkpoint_place("Qwen/Qwen3-0.6B")
+    ('Qwen/Qwen3-0.6B', {})
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            path = files[0]
+    if path.suffix != ".gguf":
+        return name, {}
+    if find_spec("gguf") is None:
+        raise ValueError("to read a GGUF file, `pip install gguf`")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def forget_quantization(model) -> None:
+    """Weights from a GGUF file are ordinary ones by now, but transformers would refuse to save them as quantized."""
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
 
 
 def twin(model):
@@ -958,7 +1023,7 @@ def load_models(s: Config) -> tuple[Model, Model]:
 def open_model(name: str, served: str, s: Config) -> Model:
     """A local model, or one on a server under the name `served`. ConnectionError if nobody answers there."""
     if "://" not in name:
-        return load_model(name, s.max_batch_tokens)
+        return load_model(name, s.max_batch_tokens, s.dtype)
     try:  # is anybody there?
         first = RemoteModel(name, timeout=20, retries=1).model
     except (

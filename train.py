@@ -626,8 +626,8 @@ def main(s: Config) -> dict | None:
         )
     task = data.load_task(s.task, s.data or None)
     train, test = enough_problems(task, "train", s), enough_problems(task, "test", s)
-    solver = evolve.load_model(name, s.max_batch_tokens)
-    editor = evolve.load_model(name, s.max_batch_tokens)
+    solver = evolve.load_model(name, s.max_batch_tokens, s.dtype)
+    editor = evolve.load_model(name, s.max_batch_tokens, s.dtype)
     accelerator.print(
         plan(task, solver, editor, s, out, train, test, accelerator.num_processes), flush=True
     )
