@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the four files
 
-from data import COLUMNS, QUESTIONS, ROWS, WORDS, Answer, Mini, mini_chat, mini_sql
+from data import COLUMNS, QUESTIONS, ROWS, WORDS, Answer, Mini, glossary_text, mini_chat, mini_sql
 from lse import LocalModel
 
 Chat = list[dict[str, str]]
@@ -353,11 +353,6 @@ def mini_answer(question: str, glossary: dict[str, str]) -> str:
         column = glossary[word]
         return f"{word} {column} <answer> {mini_sql(question, column)} </answer>"
     return f"{word} none <answer> {mini_sql(question, word)} </answer>"
-
-
-def glossary_text(glossary: dict[str, str]) -> str:
-    """A glossary as instructions: one line per word."""
-    return "\n".join(f"{word} {column}" for word, column in glossary.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
