@@ -36,6 +36,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -777,12 +778,13 @@ PRESETS = {
     "top_p": Preset(mini=0.8, paper=0.8, rehearsal=0.8),
     "top_k": Preset(mini=20, paper=20, rehearsal=20),
     # and in train.py
-    "steps": Preset(mini=120, paper=500, rehearsal=2),
-    "states": Preset(mini=24, paper=32, rehearsal=2),
+    # 16 states and 100 steps: on one GPU a night's work, see the README (the paper: 32 and about 500)
+    "steps": Preset(mini=120, paper=100, rehearsal=2),
+    "states": Preset(mini=24, paper=16, rehearsal=2),
     "group": Preset(mini=4, paper=4, rehearsal=2),
     "lr": Preset(mini=4e-4, paper=1e-5, rehearsal=1e-5),
     "grow_every": Preset(mini=20, paper=0, rehearsal=0),
-    "grow_rounds": Preset(mini=10, paper=20, rehearsal=2),
+    "grow_rounds": Preset(mini=10, paper=10, rehearsal=2),
 }
 # All other numbers may be 0.
 AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")
@@ -1013,17 +1015,49 @@ def plan_row(role: str, model, chat: list[dict], asked: int, new: int, s: Settin
     return f"{role:8}{asked:>12,}{asked * prompt:>18,}{asked * new:>18,}{weights:>12}   {name}"
 
 
-def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
-    """How many trees, and what they cost at most. ValueError as `plan_lines`."""
-    trees = len(splits)
-    if s.compare:  # two editors, and each with two more search rules than there are methods
-        trees *= s.seeds * 2 * (2 + len(methods(task)))
+def count_calls(trees: int, s: Config) -> tuple[int, int]:
+    """Responses that solver and editor are asked for at most, the seed instructions' scoring and the test included."""
     # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
     batch = 2 * s.k if s.compare or s.method == "gepa" else s.k
     calls_per_edit = 2 if s.compare or s.method == "textgrad" else 1
     score = s.holdout * s.samples
     answers = trees * (score + s.rounds * (batch + score) + 2 * s.test * s.samples)
-    edits = trees * s.rounds * calls_per_edit
+    return answers, trees * s.rounds * calls_per_edit
+
+
+def pace_text(solver, seconds: float, answers_left: int) -> str:
+    """What the rest of a run will take at the rate of its first real work, the scoring of the seed instructions.
+
+    `seconds` is how long all took that `solver` has been asked for, `answers_left` what it is still to be asked for.
+    """
+    done = solver.usage.answers
+    tokens = solver.usage.tokens_written / seconds
+    left = answers_left / done * seconds
+    return (
+        f"Measured: {done:,} answers in {duration(seconds)}, {tokens:,.0f} tokens/s. At that rate the solver's "
+        f"other {answers_left:,} answers take {duration(left)} at most; edits and learning come on top."
+    )
+
+
+def duration(seconds: float) -> str:
+    """For people.
+
+    >>> duration(7), duration(400), duration(9000)
+    ('7 seconds', '6.7 minutes', '2.5 hours')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
+    """How many trees, and what they cost at most. ValueError as `plan_lines`."""
+    trees = len(splits)
+    if s.compare:  # two editors, and each with two more search rules than there are methods
+        trees *= s.seeds * 2 * (2 + len(methods(task)))
+    answers, edits = count_calls(trees, s)
     problems, sizes = [], []
     for parts in splits.values():
         sizes.append([len(parts["pool"]), len(parts["holdout"]), len(parts["test"])])
@@ -1197,8 +1231,11 @@ def main(s: Config) -> None:
         return
     save = partial(save_trees, out / "trees")
     if not trees:
+        started = time.time()
         trees = seed_trees(task, domains, solver, s)
         save(trees)  # from here on, a kill costs a round at most
+        left = count_calls(len(trees), s)[0] - solver.usage.answers
+        print(pace_text(solver, time.time() - started, left), flush=True)
     bar = f"{s.method} {rule}"
     evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=bar)
     finish(task, trees, solver, editor, s, out)
