@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -598,13 +599,13 @@ def load_checkpoint(
 def make_accelerator() -> Accelerator:
     """accelerate's view of this process: its rank, its device, how many others there are.
 
-    Both kinds of tensors can be sent, since tiny models stay on the CPU of a machine with GPUs; and a process may grow
-    trees for hours while others wait.
+    Started by torchrun or `accelerate launch`, a process may grow trees for hours while others wait. Tiny models stay
+    on the CPU also where there are GPUs, so tensors of both kinds must find their way.
     """
     cuda = torch.cuda.is_available()
-    group = InitProcessGroupKwargs(
-        backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=7)
-    )
+    group = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    if cuda and "LOCAL_RANK" in os.environ:
+        group.backend = "cuda:nccl,cpu:gloo"
     return Accelerator(cpu=not cuda, kwargs_handlers=[group])
 
 
