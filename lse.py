@@ -1,7 +1,7 @@
-"""Learning to Self-Evolve, the method: sampling, log-probs, delta reward, advantages, loss, tree.
+"""Learning to Self-Evolve, the method: reward, advantages, loss, tree; and the two models that play the roles.
 
 An *editor* rewrites the instructions that a frozen *solver* works under, and is trained on how much each single edit
-helps (Chen et al., arXiv 2603.18620). This file holds everything that needs a model or an equation. It knows nothing of
+helps (Chen et al., arXiv 2603.18620). This file holds everything that needs an equation or a model. It knows nothing of
 tasks, files or command lines: problems come in as chats, scores as numbers, and it can be copied away alone.
 
 Symbols of the paper, and the words used here
@@ -9,8 +9,11 @@ Symbols of the paper, and the words used here
     f_ψ   editor: the policy that writes new instructions        c_0   instructions before an edit;  c_1: after it
     S     summary: k graded problems shown to the editor         R̄(c)  score: mean reward of the solver over a holdout
     G     edits sampled for one start state (a "group")          r     reward of an edit, R̄(c_1) − R̄(c_0)   (eq. 7)
-    T     rounds of evolution; in shapes: tokens of a response   C     weight of exploration in the tree's UCB rule
-    N     start states in a batch; in UCB: selections so far     v     how often a node was selected
+    N     start states in a batch                                A     advantage of an edit: its weight in the gradient
+    T     in shapes: tokens of a response                        C     weight of exploration in the tree's UCB rule
+
+Read it in order: what an edit is worth, the loss, the tree, the two models. Below the banner *From here on only
+efficiency* stands nothing new: the same log-probs and samples, computed without repeating what rows have in common.
 
 Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has
 its baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
@@ -25,403 +28,63 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
+import httpx2  # comes with transformers; unlike huggingface_hub's client it works under HF_HUB_OFFLINE=1
 import torch
 import torch.nn.functional as F
-from huggingface_hub import InferenceClient, get_session
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import hf_raise_for_status
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, DynamicLayer, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    DynamicLayer,
+    GenerationConfig,
+)
 
 Chat = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G responses' ids, each (T,)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Sample:
-    """One sampled response. `ids` are the very ids that were sampled, first EOS included, without padding."""
-
-    text: str
-    ids: Tensor | None  # (T,) on the CPU; None for a remote model
-    prompt_ids: Tensor | None  # (P,)
-    truncated: bool  # no EOS within max_new_tokens
+# flat, as in the official code: an edit that cannot be used, not −1 − R̄(c_0)
+INVALID_REWARD = -1.0
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, with room for what will be sampled.
-
-    A DynamicLayer copies all it holds at every new token: behind a long prompt, half of the time to sample. This one
-    is copied once, from `layer`, whose row `owner[i]` becomes row i.
-    """
-
-    def __init__(self, layer: DynamicLayer, owner: Tensor, room: int) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.stores = [F.pad(old[owner], (0, 0, 0, room)) for old in (layer.keys, layer.values)]  # (rows, heads, L, d)
-        self.keys, self.values = (store[:, :, : layer.keys.shape[2]] for store in self.stores)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        for store, new in zip(self.stores, (key_states, value_states)):
-            store[:, :, start:end] = new
-        self.keys, self.values = (store[:, :, :end] for store in self.stores)
-        return self.keys, self.values
-
-
-class LocalModel:
-    """A causal language model and its tokenizer. `sample` never changes the weights or the train/eval mode."""
-
-    def __init__(self, model, tokenizer, max_batch_tokens: int = 65536) -> None:
-        """`max_batch_tokens` bounds rows x (longest prompt + max_new_tokens), which is what fills the memory."""
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("The tokenizer has no chat template: set its chat_template or use an instruct model.")
-        self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
-        self.calls = self.prompt_tokens = self.completion_tokens = 0  # what a run has cost, as RemoteModel counts it
-        ends = model.generation_config.eos_token_id  # an int, a list or None; base models often lack the chat's own end
-        self.eos = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
-        controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
-        self.controls = re.compile(f"({'|'.join(map(re.escape, controls[::-1])) or '(?!)'})")  # longest first
-
-    def render(self, chat: Chat) -> str:
-        """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
-        template = self.tokenizer.apply_chat_template
-        try:
-            return template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        except TemplateError:
-            if len(chat) < 2 or chat[0]["role"] != "system":
-                raise
-            merged = {"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}
-            return self.render([merged, *chat[2:]])
-
-    def encode(self, chat: Chat) -> list[int]:
-        """Token ids of a chat up to where the answer begins.
-
-        Contents come from models and data: a `<|im_start|>` in there must stay text, else instructions could forge a
-        role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
-        the template's own control strings are cut out.
-        """
-        # Half a surrogate pair, which a server's JSON may carry, has no UTF-8: it becomes a question mark.
-        chat = [message | {"content": message["content"].encode(errors="replace").decode()} for message in chat]
-        contents = "".join(message["content"] for message in chat)
-        found = sorted(set(self.controls.findall(contents)))
-        if not found:
-            return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
-        # One private-use character that the contents lack stands in for each.
-        marks = dict(zip(found, (c for c in map(chr, range(0xE000, 0xF900)) if c not in contents)))
-        back = str.maketrans({mark: control for control, mark in marks.items()})
-        for message in chat:
-            message["content"] = self.controls.sub(lambda hit: marks[hit[0]], message["content"])
-        forged = self.tokenizer.convert_tokens_to_ids(found)  # a vocabulary of whole words cannot spell them: dropped
-        ids = []
-        for i, piece in enumerate(self.controls.split(self.render(chat))):  # text, control, text, ..., text
-            if i % 2:
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-            else:
-                plain = self.tokenizer(piece.translate(back), add_special_tokens=False, split_special_tokens=True)
-                ids += [token for token in plain["input_ids"] if token not in forged]
-        return ids
-
-    def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
-               top_p: float = 1.0, top_k: int = 0) -> list[list[Sample]]:
-        """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once.
-
-        `top_k=0` and `top_p=1` cut nothing off; leave them so when the samples are to be learned from, since
-        `logprobs` scores the uncut distribution. Draws come from torch's global generator.
-        """
-        prompts, greedy = [tuple(self.encode(chat)) for chat in chats], temperature == 0
-        # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
-        rows = sorted(set(prompts)) if greedy else sorted(prompts * n)
-        drawn: dict[tuple[int, ...], list[Sample]] = {prompt: [] for prompt in prompts}
-        cuts = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        options = {"max_new_tokens": max_new_tokens, "do_sample": not greedy, "repetition_penalty": 1.0, **cuts}
-        # Batches of at most `max_batch_tokens` tokens, padding and new tokens included.
-        pending, longest = list[list[tuple[int, ...]]](), 0
-        for row in rows:
-            longest = max(longest, len(row))
-            if not pending or (len(pending[-1]) + 1) * (longest + max_new_tokens) > self.max_batch_tokens:
-                pending, longest = [*pending, []], len(row)
-            pending[-1].append(row)
-        while pending:
-            batch, samples = pending.pop(0), []
-            try:
-                samples = self._generate(batch, options)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:  # cannot be halved
-                    raise
-            if not samples:  # not within `except`, whose traceback still holds the batch's tensors
-                torch.cuda.empty_cache()
-                pending[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            for row, sample in zip(batch, samples):
-                drawn[row].append(sample)
-        out = [[drawn[prompt][0]] * n if greedy else [drawn[prompt].pop() for _ in range(n)] for prompt in prompts]
-        self.calls += n * len(out)
-        self.prompt_tokens += n * sum(map(len, prompts))
-        self.completion_tokens += sum(len(sample.ids) for row in out for sample in row)
-        return out
-
-    @torch.no_grad()
-    def _generate(self, rows: list[tuple[int, ...]], options: dict) -> list[Sample]:
-        """One batch. What is common is prefilled once: the prefix of all rows, then the rest of every distinct prompt.
-
-        Layout of a row: prefix, rest, padding, last prompt token. Padding that follows needs no mask while prefilling;
-        later the mask hides it, and positions count real tokens only (behind a sliding window, padding counts as well).
-        The last token is left to `generate`, which must start from one.
-        """
-        model, distinct = self.model, {prompt: i for i, prompt in enumerate(sorted(set(rows)))}
-        owner = torch.tensor([distinct[row] for row in rows], device=model.device)  # (rows,) -> distinct prompt
-        prefix = len(os.path.commonprefix([min(rows)[:-1], max(rows)[:-1]]))  # in sorted rows, first and last decide
-        gaps = [max(map(len, distinct)) - len(prompt) for prompt in distinct]
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (self.eos + [0])[0]
-        ids = [[*prompt[:-1], *[pad] * gap, prompt[-1]] for prompt, gap in zip(distinct, gaps)]
-        mask = [[1] * (len(prompt) - 1) + [0] * gap + [1] for prompt, gap in zip(distinct, gaps)]
-        ids, mask = torch.tensor([ids, mask], device=model.device)  # (distinct, L) each
-        mode, config = model.training, model.generation_config
-        model.eval()  # no dropout, and no gradient checkpointing: that would silently drop the cache
-        # A checkpoint's own top_k, penalties or length limits must not leak into the sampling: start from a blank one.
-        # A NaN among the logits must not end the process (on a GPU it would).
-        blank = GenerationConfig(eos_token_id=self.eos or None, pad_token_id=pad, remove_invalid_values=True)
-        try:
-            model.generation_config, cache = blank, DynamicCache(config=model.config)
-            if prefix:
-                model(ids[:1, :prefix], past_key_values=cache, logits_to_keep=1)
-                cache.batch_repeat_interleave(len(distinct))
-            if prefix < ids.shape[1] - 1:
-                model(ids[:, prefix:-1], past_key_values=cache, logits_to_keep=1)
-            for i, layer in enumerate(cache.layers):
-                if type(layer) is DynamicLayer and layer.is_initialized:
-                    cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
-                else:  # a sliding window, say: it stays small by itself
-                    layer.batch_select_indices(owner)  # type: ignore[union-attr]
-            out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
-        finally:
-            model.generation_config = config
-            model.train(mode)
-        out = out[:, ids.shape[1] :].cpu()
-        stop = torch.isin(out, torch.tensor(self.eos))  # (rows, T)
-        responses = [row[ended == 0] for row, ended in zip(out, stop.cumsum(1) - stop.long())]  # first EOS included
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return list(map(Sample, texts, responses, map(torch.tensor, rows), (~stop.any(1)).tolist()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Remote models
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class RemoteModel:
-    """A model behind an OpenAI-compatible server (OpenAI, Anthropic, vLLM, `transformers serve`), used as a LocalModel.
-
-    base_url: "http(s)://host/v1". model: its name there; None takes the first that GET /v1/models lists.
-    api_key: default $LSE_API_KEY, else $OPENAI_API_KEY; never printed, and cut out of error messages.
-    timeout: seconds without a byte. concurrency: requests in flight.
-    extra: more fields for every request; one that is None is not sent.
-    retries, backoff: what may pass (429, 5xx, timeout, lost connection, unreadable reply) is tried again up to
-    `retries` times, after about backoff * 2^attempt seconds or what Retry-After asks for, never more than a minute.
-    Counts `calls` (responses received) and, as the server reports them, `prompt_tokens` and `completion_tokens`.
-    Raises ConnectionError with the server's own message when it gives up.
-    """
-
-    def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *, timeout: float = 600.0,
-                 concurrency: int = 16, retries: int = 5, backoff: float = 1.0, extra: dict | None = None) -> None:
-        # "no-key", because without any key InferenceClient would send this machine's Hugging Face token to the server.
-        key = (api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key").strip()
-        # The HTTP library would refuse such a key, and quote it; a URL with an @ or ? may hold a password or a key.
-        if not re.fullmatch("[!-~]+", key) or not re.fullmatch(r"https?://[^\s@?]+", base_url):
-            raise ValueError("the URL looks like http://host:8000/v1, and the key is one ASCII word in LSE_API_KEY")
-        self.base_url = base_url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
-        self._client = InferenceClient(base_url=self.base_url, api_key=key, timeout=timeout)
-        self._key, self.timeout, self.concurrency = key, timeout, concurrency
-        self.retries, self.backoff, self.extra = retries, backoff, extra or {}
-        self.calls = self.prompt_tokens = self.completion_tokens = 0
-        self._lock, self._refused = Lock(), set[str]()  # refused: settings that the model has turned down
-        self.model = model or self._ask({})
-
-    def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
-               top_p: float = 1.0, top_k: int = 0) -> list[list[Sample]]:
-        """n samples for each chat, in order; temperature 0 is greedy. top_k = 0 is not sent: OpenAI has no top_k.
-
-        Each sample is a request of its own, since not every server knows OpenAI's n.
-        """
-        body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-                "top_k": top_k or None, "stream": False, **self.extra}
-        with ThreadPoolExecutor(self.concurrency) as pool:  # an error cancels the requests that have not begun
-            found = list(pool.map(self._ask, [{**body, "messages": chat} for chat in chats for _ in range(n)]))
-        return [found[i * n : (i + 1) * n] for i in range(len(chats))]
-
-    def _ask(self, body: dict) -> Any:
-        """One chat completion, retried: a Sample. For an empty body the name of the first model that the server lists.
-
-        GPT-5 turns down a temperature: a setting that a 400 names is left out from then on, with a warning.
-        """
-        url = f"{self.base_url}/{'chat/completions' if body else 'models'}"
-        for attempt in range(self.retries + 1):
-            sent = {name: value for name, value in body.items() if name not in self._refused and value is not None}
-            if "max_tokens" in self._refused:  # the name that OpenAI's reasoning models insist on
-                sent["max_completion_tokens"] = body["max_tokens"]
-            try:
-                return self._complete(sent) if body else self._first_model()
-            except (HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last four: odd JSON
-                # huggingface_hub stumbles over an error body that is no JSON object: the response is one level down
-                response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
-                status, after, said = 0, "", f"{error or type(error).__name__} {getattr(error, 'doc', '')}"
-                if response is not None:
-                    status, after = response.status_code, response.headers.get("retry-after", "")
-                    with suppress(ValueError):  # str(json): without JSON's escapes, in which the key might hide
-                        said = str(response.json())
-            message = f"{status or 'no answer'}: {said.replace(self._key, '***').strip()[:500]}"
-            named = [name for name in ("max_tokens", "temperature", "top_p", "top_k") if name in sent and name in said]
-            if named and status in (400, 422):
-                self._refused.add(named[0])
-                warnings.warn(f"{self.model} turns down {named[0]}, so it is left out ({message})", stacklevel=2)
-            elif 400 <= status < 500 and status not in (408, 409, 425, 429):
-                break  # it cannot pass
-            elif attempt < self.retries:  # jitter of its own making: retries must not move a seeded run
-                wait = self.backoff * 2**attempt * random.SystemRandom().uniform(0.5, 1.5)
-                time.sleep(min(max(wait, int(after) if after.isdecimal() else 0), 60.0))
-        raise ConnectionError(f"{url} failed, try {attempt + 1} of {self.retries + 1}: {message}\nWhat to do: see that "
-                              "the server is up, check URL, model name, settings, and the key in LSE_API_KEY")
-
-    def _complete(self, body: dict) -> Sample:
-        """One request, counted. Without content (still reasoning at the limit, or filtered) the answer is empty."""
-        rest = {name: value for name, value in body.items() if name not in ("messages", "model")}
-        reply = self._client.chat_completion(body["messages"], model=body["model"], extra_body=rest)
-        if not reply.get("choices"):
-            raise ValueError(f"a reply without choices: {dict(reply)}")
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
-        with self._lock:
-            self.calls += 1
-            self.prompt_tokens += usage.get("prompt_tokens") or 0
-            self.completion_tokens += usage.get("completion_tokens") or 0
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be saved
-        if len(self._key) > 15:  # a server may echo the key, and answers are saved; "EMPTY" and the like are no secrets
-            text = text.replace(self._key, "***")
-        return Sample(text, None, None, cut)
-
-    def _first_model(self) -> str:
-        headers = {"Authorization": f"Bearer {self._key}"}
-        reply = get_session().get(f"{self.base_url}/models", headers=headers, timeout=self.timeout)
-        hf_raise_for_status(reply)
-        return reply.json()["data"][0]["id"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probs: a prompt shared by G responses is computed once
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
-    """Attention over a row [prompt, all its responses]: a response sees the prompt and itself, not the others.
-
-    Such rows are recognised by a mask with fewer queries than the row, (B, 1, R, P + R): the prompt's P queries need
-    none, they are plain causal attention. That saves the (P + R)² mask and most of the work, and there is no cache,
-    which gradient checkpointing would silently drop. All other calls are plain sdpa.
-    """
-    sdpa, p = AttentionInterface()["sdpa"], 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
-    if p == 0:
-        return sdpa(module, query, key, value, attention_mask, **kwargs)
-    prompt, _ = sdpa(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
-    responses, _ = sdpa(module, query[:, :, p:], key, value, attention_mask, **kwargs)
-    return torch.cat([prompt, responses], 1), None  # (B, P + R, heads, d)
-
-
-AttentionInterface.register("shared_prompt", shared_prompt_attention)
-AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"])
-
-
-def pack(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One row per group: the prompt without its last token; then, per response, that token and all response tokens but
-    the last. So the second part holds exactly the tokens whose successors are scored: no prompt logits are computed.
-
-    Returns ids (B, P + R), positions (B, P + R), mask (B, 1, R, P + R) and targets (B, R). Both parts are padded on the
-    right, to the longest prompt and to the most response tokens.
-
-    >>> ids, positions, mask, targets = pack([(torch.tensor([5, 6, 7]), [torch.tensor([1, 2]), torch.tensor([3])])])
-    >>> ids.tolist(), positions.tolist(), targets.tolist()
-    ([[5, 6, 7, 1, 7]], [[0, 1, 2, 3, 2]], [[1, 2, 3]])
-    >>> mask[0, 0].int().tolist()
-    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    """
-
-    def pad(rows: list[Tensor], value: int = 0) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([row.cpu() for row in rows], batch_first=True, padding_value=value)
-
-    prompts = pad([prompt[:-1] for prompt, _ in groups])  # (B, P)
-    inputs = pad([torch.cat([t for r in responses for t in (prompt[-1:], r[:-1])]) for prompt, responses in groups])
-    targets = pad([torch.cat(list(responses)) for _, responses in groups])  # (B, R)
-    lengths = torch.tensor([len(prompt) - 1 for prompt, _ in groups])[:, None]  # (B, 1)
-    offsets = pad([torch.cat([torch.arange(len(r)) for r in responses]) for _, responses in groups])  # (B, R)
-    owner = pad([torch.cat([torch.full((len(r),), i) for i, r in enumerate(rs)]) for _, rs in groups], -1)  # (B, R)
-    places = torch.arange(prompts.shape[1])
-    positions = torch.cat([places.expand_as(prompts), lengths + offsets], 1)
-    own = (owner[:, :, None] == owner[:, None]).tril()  # (B, R, R): the same response, and not later
-    sees = (places < lengths)[:, None].expand(-1, own.shape[1], -1)  # (B, R, P): the prompt without its padding
-    return torch.cat([prompts, inputs], 1), positions, torch.cat([sees, own], 2)[:, None], targets
-
-
-def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> list[list[Tensor]]:
-    """log p of every response token, differentiable: `logprobs` for several (prompt_ids, responses) in one forward.
-
-    Returns one list per group with one (T,) tensor per response, float32 also for a bf16 model. The caller chooses how
-    many groups fit in memory. The mean of −log p over tokens sampled at this temperature (top_p 1, top_k 0) is an
-    unbiased estimate of the policy's entropy.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; greedy sampling has no log-probs: use one above 0.")
-    if any(min(map(len, (prompt, responses, *responses))) == 0 for prompt, responses in groups):
-        raise ValueError("Every group needs a prompt and responses of at least one token each.")
-    core = getattr(model, "module", model)  # under DistributedDataParallel
-    ids, positions, mask, targets = (x.to(core.device) for x in pack(groups))
-    window = getattr(core.config.get_text_config(), "sliding_window", None)
-    if window is not None and positions.max() >= window:
-        raise ValueError(f"The model attends to {window} tokens at a time; prompt and response must fit in there.")
-    core.set_attn_implementation("shared_prompt")  # stays on: a checkpointed layer runs again in backward
-    out = model(ids, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=targets.shape[1])
-    logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)) / temperature  # (B, R, V)
-    logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    lengths = [list(map(len, responses)) for _, responses in groups]
-    return [list(row[: sum(ls)].split(ls)) for row, ls in zip(logp, lengths)]
-
-
-def logprobs(model, prompt_ids: Tensor, responses: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
-    """log p of every response token under the prompt: one (T,) float32 tensor per response, differentiable.
-
-    `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
-    """
-    return group_logprobs(model, [(prompt_ids, responses)], temperature)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reward, advantages, loss
-# ---------------------------------------------------------------------------------------------------------------------
-
-INVALID_REWARD = -1.0  # flat, as in the official code: an edit that cannot be used, not −1 − R̄(c_0)
-
-
-def delta_reward(after: Tensor, before: Tensor, valid: Tensor) -> Tensor:
-    """eq. 7: R̄(c_1) − R̄(c_0); INVALID_REWARD where the edit is not valid. Broadcasts; `after` may be NaN there.
+def delta_reward(
+    after: Tensor, before: Tensor, valid: Tensor, invalid_reward: float = INVALID_REWARD
+) -> Tensor:
+    """eq. 7: R̄(c_1) − R̄(c_0), and `invalid_reward` where the edit is not valid. Broadcasts; `after` may be NaN there.
 
     >>> delta_reward(torch.tensor([0.75, 0.0]), torch.tensor(0.5), torch.tensor([True, False])).tolist()
     [0.25, -1.0]
     """
-    return torch.where(valid, after - before, INVALID_REWARD)
+    return torch.where(valid, after - before, invalid_reward)
 
 
-def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tensor:
-    """Advantage of each edit, (N, G), from scores after (N, G) and before (N,) it.
+def advantages(
+    kind: str, after: Tensor, before: Tensor, valid: Tensor, invalid_reward: float = INVALID_REWARD
+) -> Tensor:
+    """The advantage of each edit, (N, G), from the scores after it (N, G) and before it (N,).
+
+    "delta"  the paper's: the reward as it is. The score before the edit is the baseline (eq. 8-10); nothing is scaled.
+    "score"  the paper's counter-example, R̄(c_1) alone: it favours start states that were good already.
+    "grpo"   R̄(c_1) minus the mean of its group, divided by the group's standard deviation.
+    "line"   ours: the delta minus its least-squares line in R̄(c_0) over the batch. From a bad start there is much to
+             gain and from a good one nothing, so doing nothing is a biased guess of the average edit. The line removes
+             that, and needs no group: G may be 1.
 
     >>> after, before = torch.tensor([[1.0, 0.5], [0.5, 0.5]]), torch.tensor([0.5, 0.25])
     >>> valid = torch.ones(2, 2, dtype=torch.bool)
@@ -430,80 +93,59 @@ def advantages(kind: str, after: Tensor, before: Tensor, valid: Tensor) -> Tenso
     >>> advantages("grpo", after, before, valid).tolist()  # the second group says nothing
     [[0.7071067690849304, -0.7071067690849304], [0.0, 0.0]]
     """
-    before = before[:, None].expand_as(after)
-    delta, score = delta_reward(after, before, valid), torch.where(valid, after, INVALID_REWARD)
-    centred = score - score.mean(1, keepdim=True)
-    std = (centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)).sqrt()  # (N, 1), unbiased
-    x, y = before - before.mean(), delta - delta.mean()
-    kinds = {"delta": delta,  # the paper: the score before the edit is the baseline (eq. 8-10), nothing is scaled
-             "score": score,  # the paper's counter-example: favours start states that were good already
-             "grpo": torch.where(std > 1e-6, centred / std, 0.0),  # equal scores (up to rounding) say nothing: zero
-             "batch": y, "node": delta - delta.mean(1, keepdim=True),
-             # Ours. The null edit is a biased guess of the mean edit: a bad start has much to gain, a good one nothing.
-             # The least-squares line of the reward in R̄(c_0) over the batch removes that, without a group: G may be 1.
-             "line": y - x * (x * y).sum() / (x * x).sum().clamp(min=1e-12)}
-    if kind not in kinds:
-        raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score, line, node or batch.")
-    return kinds[kind]
+    before = before[:, None].expand_as(after)  # (N, G)
+    reward = delta_reward(after, before, valid, invalid_reward)  # (N, G)
+    score = torch.where(valid, after, invalid_reward)  # (N, G)
+    if kind == "delta":
+        return reward
+    if kind == "score":
+        return score
+    if kind == "grpo":
+        centred = score - score.mean(1, keepdim=True)
+        # (N, 1), unbiased
+        variance = centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)
+        std = variance.sqrt()
+        # equal scores (up to rounding) say nothing
+        return torch.where(std > 1e-6, centred / std, 0.0)
+    if kind == "line":
+        x = before - before.mean()
+        y = reward - reward.mean()
+        slope = (x * y).sum() / (x * x).sum().clamp(min=1e-12)
+        return y - slope * x
+    raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score or line.")
 
 
-def policy_loss(logprobs: Sequence[Tensor], advantages: Sequence[float] | Tensor, n_tokens: int,
-                old_logprobs: Sequence[Tensor] | None = None, clip: float = 0.2) -> Tensor:
+def policy_loss(
+    logprobs: Sequence[Tensor],
+    advantages: Sequence[float] | Tensor,
+    n_tokens: int,
+    old_logprobs: Sequence[Tensor] | None = None,
+    clip: float = 0.2,
+) -> Tensor:
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
-    `n_tokens` counts the response tokens of the WHOLE batch, so the losses of its micro-batches add up. Every token
-    weighs the same: no 1/|o| per response, which would favour long failures. Without `old_logprobs` the batch is
-    on-policy: the ratio is 1, the clip never acts, and the gradient is −A ∇log p.
+    `logprobs` holds one tensor (T,) per response. `n_tokens` counts the response tokens of the WHOLE batch, so the
+    losses of its micro-batches add up. Every token weighs the same: no 1/|o| per response, which would favour long
+    failures. Without `old_logprobs` the batch is on-policy: the ratio is 1, the clip never acts, and the gradient is
+    −A ∇log p. That is all of reinforcement learning here: likelier where A > 0, less likely where A < 0.
 
     >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
     >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
     -0.25
     """
     new = torch.cat(list(logprobs))  # (tokens,)
-    old = new.detach() if old_logprobs is None else torch.cat(list(old_logprobs)).detach()
-    weight = torch.cat([torch.full_like(row.detach(), float(a)) for row, a in zip(logprobs, advantages, strict=True)])
+    if old_logprobs is None:
+        old = new.detach()
+    else:
+        old = torch.cat(list(old_logprobs)).detach()
+    weights = []
+    # each token bears its response's advantage
+    for response, advantage in zip(logprobs, advantages, strict=True):
+        weights.append(torch.full_like(response.detach(), float(advantage)))
+    weight = torch.cat(weights)  # (tokens,)
     ratio = torch.exp(new - old)
-    return -torch.minimum(ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight).sum() / n_tokens
-
-
-class MasterAdamW:
-    """AdamW whose steps are not lost in bf16.
-
-    At lr 1e-6 a step is smaller than half the gap between neighbouring bf16 numbers, and 98% of the weights would never
-    move. So parameters in 16 bits get float32 masters, and the moments, on the CPU: the GPU holds 2 + 2 bytes per
-    parameter, weight and gradient. Parameters in float32 are their own masters, and this is plain AdamW.
-    """
-
-    def __init__(self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)) -> None:
-        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`."""
-        self.params, self.max_norm = [p for p in model.parameters() if p.requires_grad], max_norm
-        self.masters = [p.detach().cpu().float() if p.dtype.itemsize < 4 else p for p in self.params]
-        self.copies = [(p, m) for p, m in zip(self.params, self.masters) if p is not m]
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-
-    @torch.no_grad()
-    def step(self) -> float:
-        """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
-        if math.isfinite(norm):
-            for param, master in self.copies:
-                master.grad = None if param.grad is None else param.grad.cpu().float()
-            self.adamw.step()
-            for param, master in self.copies:
-                param.copy_(master)
-        for tensor in [*self.params, *self.masters]:
-            tensor.grad = None
-        return norm
-
-    def state_dict(self) -> dict:
-        """The moments and the masters, from which the model's own weights follow."""
-        return {"adamw": self.adamw.state_dict(), "masters": [master.detach() for master in self.masters]}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        for param, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
-            param.copy_(master.copy_(saved))
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * weight, clipped * weight).sum() / n_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,57 +163,83 @@ class Node:
     score: float | None  # R̄, mean over the holdout
     scores: list[float] | None = None  # the score of each holdout problem, for "pareto"
     visits: int = 0  # v: how often it was selected
-    summary: list[dict] = field(default_factory=list)  # S: the graded problems seen when it was made
+    summary: list[Any] = field(default_factory=list)  # S: the graded problems that the editor saw
     note: str = ""  # why an edit was rejected
 
 
 class EvolutionTree:
     """All versions of the instructions, and which one to edit next. Ties go to the newest node, in every rule."""
 
-    def __init__(self, instructions: str, score: float | None, scores=None, c: float = 2.0, summary=None) -> None:
-        """`c` is C of the UCB rule, 2 in the paper; 0 is best-first."""
-        self.c, self.rounds, self.nodes = c, 0, list[Node]()  # rounds: N, the selections so far
+    def __init__(
+        self, instructions: str, score: float | None, scores=None, c: float = 2.0, summary=None
+    ) -> None:
+        """The seed instructions are node 0. `c` is C of the UCB rule, 2 in the paper; 0 is best-first."""
+        self.c = c
+        self.rounds = 0  # N: the selections so far
+        self.nodes: list[Node] = []
         self.add(None, instructions, score, scores, summary)
-
-    def add(self, parent: Node | int | None, instructions: str, score: float | None, scores=None, summary=None,
-            note: str = "") -> Node:
-        """Attach an edit. A score of None or NaN records a rejected one, with the reason in `note`."""
-        parent = parent.id if isinstance(parent, Node) else parent
-        if self.nodes and parent not in range(len(self.nodes)):
-            raise ValueError(f"No node {parent} in a tree of {len(self.nodes)} nodes.")
-        score = None if score is None or math.isnan(score) else float(score)
-        scores = None if scores is None else [float(s) for s in scores]
-        self.nodes.append(Node(len(self.nodes), parent, instructions, score, scores, 0, list(summary or []), note))
-        return self.nodes[-1]
-
-    def scored(self) -> list[Node]:
-        """The nodes that may be selected or returned."""
-        if nodes := [node for node in self.nodes if node.score is not None]:
-            return nodes
-        raise ValueError("No node has a score yet: score the seed instructions first.")
-
-    def best(self) -> Node:
-        """argmax R̄ over the tree."""
-        return max(self.scored(), key=lambda node: (node.score, node.id))
 
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
-        nodes, log_n = self.scored(), math.log(max(1, self.rounds))
         if rule == "ucb":
-            # Over ALL nodes, not only leaves; before the first round there is nothing to explore yet. A new node counts
-            # as visited once: with the textbook's infinite bonus it would always be next, and the tree always a chain.
-            chosen = max(nodes, key=lambda n: (n.score + self.c * math.sqrt(log_n / max(1, n.visits)), n.id))
+            chosen = max(self.scored(), key=lambda node: (self.upper_bound(node), node.id))
         elif rule == "chain":
-            chosen = nodes[-1]
+            chosen = self.scored()[-1]
         elif rule == "best":
             chosen = self.best()
         elif rule == "pareto":
-            chosen = random.Random(f"{seed}/{self.rounds}").choices(*self.pareto_front())[0]
+            nodes, weights = self.pareto_front()
+            chosen = random.Random(f"{seed}/{self.rounds}").choices(nodes, weights)[0]
         else:
             raise ValueError(f"Unknown search rule {rule!r}; choose ucb, chain, best or pareto.")
         self.rounds += 1
         chosen.visits += 1
         return chosen
+
+    def upper_bound(self, node: Node) -> float:
+        """R̄_n + C sqrt(ln N / v_n): what a node has shown, and what it may yet be good for.
+
+        Compared over ALL nodes, not only leaves: that is how the search steps back from a bad edit. A new node counts
+        as visited once: with the textbook's infinite bonus it would always be next, and the tree always a chain.
+        """
+        # before the first round there is nothing to explore
+        log_n = math.log(max(1, self.rounds))
+        return node.score + self.c * math.sqrt(log_n / max(1, node.visits))
+
+    def best(self) -> Node:
+        """argmax R̄ over the tree."""
+        return max(self.scored(), key=lambda node: (node.score, node.id))
+
+    def scored(self) -> list[Node]:
+        """The nodes that may be selected or returned, oldest first."""
+        nodes = [node for node in self.nodes if node.score is not None]
+        if not nodes:
+            raise ValueError("No node has a score yet: score the seed instructions first.")
+        return nodes
+
+    def add(
+        self,
+        parent: Node | int | None,
+        instructions: str,
+        score: float | None,
+        scores=None,
+        summary=None,
+        note: str = "",
+    ) -> Node:
+        """Attach an edit. A score of None or NaN records a rejected one, with the reason in `note`."""
+        if isinstance(parent, Node):
+            parent = parent.id
+        if self.nodes and parent not in range(len(self.nodes)):
+            raise ValueError(f"No node {parent} in a tree of {len(self.nodes)} nodes.")
+        if score is not None:
+            score = None if math.isnan(score) else float(score)
+        if scores is not None:
+            scores = [float(each) for each in scores]
+        node = Node(
+            len(self.nodes), parent, instructions, score, scores, 0, list(summary or []), note
+        )
+        self.nodes.append(node)
+        return node
 
     def pareto_front(self) -> tuple[list[Node], list[int]]:
         """GEPA's candidates and their weights: not dominated, best on at least one problem; on how many they are best.
@@ -579,28 +247,1065 @@ class EvolutionTree:
         A node is dominated if another scores no less on every problem and more on one.
         """
         nodes = self.scored()
-        if any(node.scores is None or len(node.scores) != len(nodes[0].scores or []) for node in nodes):
-            raise ValueError("The rule pareto needs one score per holdout problem, the same problems for every node.")
+        for node in nodes:
+            if node.scores is None or len(node.scores) != len(nodes[0].scores or []):
+                raise ValueError(
+                    "The rule pareto needs one score per holdout problem, the same for every node."
+                )
+        # per problem, the best score
         top = [max(column) for column in zip(*(node.scores for node in nodes))]
-
-        def dominated(a: Node) -> bool:
-            return any(a.scores != b.scores and all(x <= y for x, y in zip(a.scores, b.scores)) for b in nodes)
-
-        wins = [sum(score == best for score, best in zip(node.scores, top)) for node in nodes]
-        front = [(node, won) for node, won in zip(nodes, wins) if won and not dominated(node)]
-        return [node for node, _ in front], [won for _, won in front]
+        front: list[Node] = []
+        weights: list[int] = []
+        for node in nodes:
+            wins = sum(score == best for score, best in zip(node.scores, top))
+            if wins and not any(dominates(other, node) for other in nodes):
+                front.append(node)
+                weights.append(wins)
+        return front, weights
 
     def save(self, path: str | Path) -> None:
         """Write JSON, exactly reversible; first under another name, so that a kill leaves the old file or the new."""
         temporary = Path(f"{path}.tmp")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(vars(self), default=asdict, indent=1, ensure_ascii=False)
-        temporary.write_bytes(text.encode("utf-8", "surrogatepass"))  # a lone surrogate stays what it is
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> EvolutionTree:
-        state = json.loads(Path(path).read_bytes().decode("utf-8", "surrogatepass"))
+    def load(cls, path: str | Path, answer_type: type | None = None) -> EvolutionTree:
+        """A saved tree. `answer_type(**answer)` is made of each element of a summary; None leaves them dicts."""
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
         tree = cls("", None, c=state["c"])
-        tree.rounds, tree.nodes = state["rounds"], [Node(**node) for node in state["nodes"]]
+        tree.rounds = state["rounds"]
+        tree.nodes = [Node(**node) for node in state["nodes"]]
+        if answer_type is not None:
+            for node in tree.nodes:
+                node.summary = [answer_type(**answer) for answer in node.summary]
         return tree
+
+
+def dominates(a: Node, b: Node) -> bool:
+    """Whether `a` scores no less than `b` on every problem, and more on one."""
+    return a.scores != b.scores and all(x >= y for x, y in zip(a.scores, b.scores))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probs and samples, the plain way: one row per response, right for any causal model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_logprobs(
+    model, prompt_ids: Tensor, responses: Sequence[Tensor], temperature: float = 1.0
+) -> list[Tensor]:
+    """log p of every response token under the prompt: one (T,) float32 tensor per response, differentiable.
+
+    This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses.
+    `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
+    """
+    check_scorable([(prompt_ids, responses)], temperature)
+    out = []
+    for response in responses:
+        row = torch.cat([prompt_ids, response]).to(model.device)  # (P + T,)
+        # (T + 1, V)
+        logits = model(row[None], use_cache=False, logits_to_keep=len(response) + 1).logits[0]
+        # the logits at one token are about the next: the last ones are about nobody
+        logits = logits[:-1]
+        out.append(token_logprobs(logits, row[len(prompt_ids) :], temperature))
+    return out
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) at the targets: (..., V) and (...) -> (...), float32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    negative = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    return -negative.view_as(targets)
+
+
+def check_scorable(groups: Sequence[Group], temperature: float) -> None:
+    """ValueError, in a sentence, for what has no log-probs."""
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature is {temperature}; greedy sampling has no log-probs: use one above 0."
+        )
+    for prompt, responses in groups:
+        if len(prompt) == 0 or len(responses) == 0 or min(map(len, responses)) == 0:
+            raise ValueError("Every group needs a prompt and responses of at least one token each.")
+
+
+@torch.no_grad()
+def plain_sample(
+    model, rows: Sequence[Sequence[int]], eos: list[int], pad: int, **options
+) -> list[Tensor]:
+    """One sampled response per row of prompt ids: the ids drawn, up to the first end of sequence, included. (T,) each.
+
+    This is the definition: `generate` on left-padded rows. `options` are generate's own (max_new_tokens, do_sample,
+    temperature, top_p, top_k). `shared_sample`, below, draws the same and computes once what rows have in common.
+    """
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)  # (rows, P)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    with blank_generation(model, eos, pad):
+        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
+    return [until_end(row, eos) for row in out[:, longest:].cpu()]
+
+
+@contextmanager
+def blank_generation(model, eos: list[int], pad: int) -> Iterator[None]:
+    """Inside, the model is in eval mode and only the caller's options steer `generate`; afterwards all is as before.
+
+    A checkpoint's generation_config fills whatever the caller leaves open: a top_k, penalties or length limits of its
+    own would make the sampler another policy than the one whose log-probs are learned from. Eval mode: no dropout, and
+    no gradient checkpointing, which would silently drop the cache.
+    """
+    mode = model.training
+    config = model.generation_config
+    model.eval()
+    # remove_invalid_values: a NaN among the logits must not end the process (on a GPU it would).
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos or None,
+        pad_token_id=pad,
+        remove_invalid_values=True,
+        repetition_penalty=1.0,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = config
+        model.train(mode)
+
+
+def until_end(row: Tensor, eos: list[int]) -> Tensor:
+    """The ids up to the first end of sequence, included; all of them if there is none.
+
+    >>> until_end(torch.tensor([5, 1, 6, 1]), eos=[1, 2]).tolist()
+    [5, 1]
+    """
+    ends = torch.isin(row, torch.tensor(eos, dtype=row.dtype)).nonzero()
+    if len(ends) == 0:
+        return row
+    return row[: int(ends[0]) + 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two models: one on this machine, one behind a server
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """One sampled response. `ids` are the very ids that were sampled, first EOS included, without padding."""
+
+    text: str
+    ids: Tensor | None  # (T,) on the CPU; None for a remote model
+    prompt_ids: Tensor | None  # (P,)
+    truncated: bool  # cut off: no end of sequence within max_new_tokens
+    error: str = ""  # why there is no response: the words of the server that refused it
+
+
+@dataclass
+class Usage:
+    """What a model has been asked for so far, and how it went."""
+
+    answers: int = 0  # responses asked for
+    failed: int = 0  # ... that never came
+    cut: int = 0  # ... that were cut off at the token limit
+    # ... in which nobody could read an answer; counted by evolve.py, which knows the graders
+    unreadable: int = 0
+    tokens_read: int = 0
+    tokens_written: int = 0
+
+
+class LocalModel:
+    """A causal language model and its tokenizer. `sample` never changes the weights or the train/eval mode."""
+
+    def __init__(self, model, tokenizer, max_batch_tokens: int = 65536) -> None:
+        """`max_batch_tokens` bounds rows x (longest prompt + max_new_tokens), which is what fills the memory."""
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "The tokenizer has no chat template: set its chat_template or use an instruct model."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        self.usage = Usage()
+        self.eos = end_ids(model, tokenizer)
+        self.pad = tokenizer.pad_token_id
+        if self.pad is None:
+            self.pad = self.eos[0] if self.eos else 0
+        self.controls = control_pattern(tokenizer)
+
+    def sample(
+        self,
+        chats: Sequence[Chat],
+        n: int = 1,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[list[Sample]]:
+        """n samples for each chat, in the order of the chats. `temperature=0` is greedy: then equal chats run once.
+
+        `top_k=0` and `top_p=1` cut nothing off; leave them so when the samples are to be learned from, since
+        `logprobs` scores the uncut distribution. Draws come from torch's global generator.
+        """
+        prompts = [tuple(self.encode(chat)) for chat in chats]
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
+        if temperature > 0:
+            rows = sorted(prompts * n)
+            options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        else:
+            rows = sorted(set(prompts))
+        drawn: dict[tuple[int, ...], list[Tensor]] = {prompt: [] for prompt in prompts}
+        for row, ids in zip(rows, self.draw(rows, options)):
+            drawn[row].append(ids)
+        out = []
+        for prompt in prompts:
+            if temperature > 0:
+                responses = [drawn[prompt].pop() for _ in range(n)]
+            else:
+                responses = [drawn[prompt][0]] * n
+            out.append([self.as_sample(prompt, ids) for ids in responses])
+        return out
+
+    def as_sample(self, prompt: tuple[int, ...], ids: Tensor) -> Sample:
+        """A response as text, counted."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        sample = Sample(text, ids, torch.tensor(prompt), truncated=int(ids[-1]) not in self.eos)
+        self.usage.answers += 1
+        self.usage.cut += sample.truncated
+        self.usage.tokens_read += len(prompt)
+        self.usage.tokens_written += len(ids)
+        return sample
+
+    def draw(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+        """The sampled ids of each row, batch by batch. A batch that does not fit in memory is halved."""
+        pending = self.batches(rows, options["max_new_tokens"])
+        out: list[Tensor] = []
+        while pending:
+            batch = pending.pop(0)
+            samples: list[Tensor] = []
+            try:
+                samples = shared_sample(self.model, batch, self.eos, self.pad, **options)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:  # cannot be halved
+                    raise
+            # not within `except`, whose traceback still holds the batch's tensors
+            if not samples:
+                torch.cuda.empty_cache()
+                middle = len(batch) // 2
+                pending[:0] = [batch[:middle], batch[middle:]]
+            out += samples
+        return out
+
+    def batches(self, rows: list[tuple[int, ...]], new: int) -> list[list[tuple[int, ...]]]:
+        """The rows in their order, in batches of at most `max_batch_tokens` tokens, padding and new ones included."""
+        out: list[list[tuple[int, ...]]] = []
+        longest = 0
+        for row in rows:
+            longest = max(longest, len(row))
+            if not out or (len(out[-1]) + 1) * (longest + new) > self.max_batch_tokens:
+                out.append([])
+                longest = len(row)
+            out[-1].append(row)
+        return out
+
+    def encode(self, chat: Chat) -> list[int]:
+        """Token ids of a chat up to where the answer begins.
+
+        Contents come from models and data: a `<|im_start|>` in there must stay text, else instructions could forge a
+        role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
+        the template's own control strings are cut out.
+        """
+        contents = "".join(message["content"] for message in chat)
+        forged = sorted(set(self.controls.findall(contents)))
+        if not forged:
+            return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
+        # private-use characters
+        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
+        stand_in = dict(zip(forged, unused))
+        masked = []
+        for message in chat:
+            content = self.controls.sub(lambda hit: stand_in[hit[0]], message["content"])
+            masked.append(message | {"content": content})
+        original = str.maketrans({mark: control for control, mark in stand_in.items()})
+        forged_ids = self.tokenizer.convert_tokens_to_ids(forged)
+        ids: list[int] = []
+        # text, control, text, ..., text
+        for i, piece in enumerate(self.controls.split(self.render(masked))):
+            if i % 2:  # one that the template wrote
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+                continue
+            text = piece.translate(original)
+            plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+            # A vocabulary of whole words cannot spell a control string in pieces: there it is dropped.
+            ids += [token for token in plain if token not in forged_ids]
+        return ids
+
+    def render(self, chat: Chat) -> str:
+        """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except TemplateError:
+            if len(chat) < 2 or chat[0]["role"] != "system":
+                raise
+            content = chat[0]["content"] + "\n\n" + chat[1]["content"]
+            return self.render([{"role": "user", "content": content}, *chat[2:]])
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """The ids that end a response, sorted: the checkpoint's, and the tokenizer's (base models lack the chat's own)."""
+    ends = model.generation_config.eos_token_id  # an int, a list or None
+    if not isinstance(ends, list):
+        ends = [ends]
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
+
+
+def control_pattern(tokenizer) -> re.Pattern:
+    """What matches the tokenizer's control strings, such as <|im_start|>, longest first; and else nothing."""
+    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    controls.sort(key=len, reverse=True)
+    if not controls:
+        return re.compile("((?!))")
+    return re.compile(f"({'|'.join(map(re.escape, controls))})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From here on only efficiency. Sampling: what rows have in common is computed once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for what will be sampled.
+
+    A DynamicLayer copies all it holds at every new token: behind a long prompt, half of the time to sample. This one
+    is copied once, from `layer`, whose row `owner[i]` becomes row i.
+    """
+
+    def __init__(self, layer: DynamicLayer, owner: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.used = layer.keys.shape[2]
+        self.all_keys = F.pad(layer.keys[owner], (0, 0, 0, room))  # (rows, heads, L + room, d)
+        self.all_values = F.pad(layer.values[owner], (0, 0, 0, room))
+        self.show()
+
+    def show(self) -> None:
+        self.keys = self.all_keys[:, :, : self.used]
+        self.values = self.all_values[:, :, : self.used]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        start = self.used
+        self.used += key_states.shape[2]
+        self.all_keys[:, :, start : self.used] = key_states
+        self.all_values[:, :, start : self.used] = value_states
+        self.show()
+        return self.keys, self.values
+
+
+@torch.no_grad()
+def shared_sample(
+    model, rows: Sequence[Sequence[int]], eos: list[int], pad: int, **options
+) -> list[Tensor]:
+    """What `plain_sample` draws; the prefix of all rows is prefilled once, then the rest of every distinct prompt.
+
+    `rows` must be sorted. Layout of a row: prefix, rest, padding, last prompt token. Padding that follows needs no mask
+    while prefilling; later the mask hides it, and positions count real tokens only (behind a sliding window, padding
+    counts as well). The last token is left to `generate`, which must start from one.
+    """
+    distinct = sorted(set(rows))
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    # (rows,) -> distinct prompt
+    owner = torch.tensor([place[row] for row in rows], device=model.device)
+    # in sorted rows, first and last decide
+    prefix = len(os.path.commonprefix([rows[0][:-1], rows[-1][:-1]]))
+    longest = max(map(len, distinct))
+    padded_ids = []
+    padded_mask = []
+    for prompt in distinct:
+        gap = longest - len(prompt)
+        padded_ids.append([*prompt[:-1], *[pad] * gap, prompt[-1]])
+        padded_mask.append([1] * (len(prompt) - 1) + [0] * gap + [1])
+    ids = torch.tensor(padded_ids, device=model.device)  # (distinct, L)
+    mask = torch.tensor(padded_mask, device=model.device)
+    with blank_generation(model, eos, pad):
+        cache = DynamicCache(config=model.config)
+        if prefix:
+            model(ids[:1, :prefix], past_key_values=cache, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(distinct))
+        if prefix < longest - 1:
+            model(ids[:, prefix:-1], past_key_values=cache, logits_to_keep=1)
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
+            else:  # a sliding window, say: it stays small by itself
+                layer.batch_select_indices(owner)
+        out = model.generate(
+            ids[owner], attention_mask=mask[owner], past_key_values=cache, **options
+        )
+    return [until_end(row, eos) for row in out[:, longest:].cpu()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning: a prompt shared by G responses is computed once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def logprobs(
+    model, prompt_ids: Tensor, responses: Sequence[Tensor], temperature: float = 1.0
+) -> list[Tensor]:
+    """What `plain_logprobs` returns, with the prompt computed once: one (T,) float32 tensor per response."""
+    return group_logprobs(model, [(prompt_ids, responses)], temperature)[0]
+
+
+def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> list[list[Tensor]]:
+    """`logprobs` for several (prompt_ids, responses) in one forward pass: a list of (T,) tensors per group.
+
+    The caller chooses how many groups fit in memory. The mean of −log p over tokens sampled at this temperature (top_p
+    1, top_k 0) is an unbiased estimate of the policy's entropy.
+    """
+    check_scorable(groups, temperature)
+    packed = pack(groups)
+    positions = packed.positions.to(model.device)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and positions.max() >= window:
+        raise ValueError(
+            f"The model attends to {window} tokens at a time; prompt and response must fit in there."
+        )
+    # stays on: a checkpointed layer runs again in backward
+    model.set_attn_implementation("shared_prompt")
+    targets = packed.targets.to(model.device)  # (B, R)
+    logits = model(
+        packed.ids.to(model.device),
+        position_ids=positions,
+        attention_mask=packed.mask.to(model.device),
+        use_cache=False,
+        logits_to_keep=targets.shape[1],
+    ).logits  # (B, R, V)
+    logps = token_logprobs(logits, targets, temperature)  # (B, R)
+    out = []
+    for row, (_, responses) in zip(logps, groups):
+        lengths = [len(response) for response in responses]
+        out.append(list(row[: sum(lengths)].split(lengths)))
+    return out
+
+
+@dataclass
+class Packed:
+    """Several groups as one batch, a row each: P prompt tokens, then R tokens whose successors are scored."""
+
+    ids: Tensor  # (B, P + R)
+    positions: Tensor  # (B, P + R)
+    mask: Tensor  # (B, 1, R, P + R), True where a response token may look
+    targets: Tensor  # (B, R)
+
+
+def pack(groups: Sequence[Group]) -> Packed:
+    """One row per group: the prompt without its last token; then, per response, that token and all response tokens but
+    the last. So the second part holds exactly the tokens whose successors are scored: no prompt logits are computed.
+
+    Both parts are padded on the right, to the longest prompt and to the most response tokens.
+
+    >>> packed = pack([(torch.tensor([5, 6, 7]), [torch.tensor([1, 2]), torch.tensor([3])])])
+    >>> packed.ids.tolist(), packed.positions.tolist(), packed.targets.tolist()
+    ([[5, 6, 7, 1, 7]], [[0, 1, 2, 3, 2]], [[1, 2, 3]])
+    >>> packed.mask[0, 0].int().tolist()
+    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    """
+    prompts: list[Tensor] = []
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    places: list[Tensor] = []  # of each response token: its position in the text
+    owners: list[Tensor] = []  # of each response token: the number of its response
+    for prompt, responses in groups:
+        prompt = prompt.cpu()
+        responses = [response.cpu() for response in responses]
+        prompts.append(prompt[:-1])
+        inputs.append(
+            torch.cat([torch.cat([prompt[-1:], response[:-1]]) for response in responses])
+        )
+        targets.append(torch.cat(responses))
+        places.append(
+            torch.cat([len(prompt) - 1 + torch.arange(len(response)) for response in responses])
+        )
+        owners.append(
+            torch.cat([torch.full_like(response, i) for i, response in enumerate(responses)])
+        )
+    prompt_ids = right_pad(prompts)  # (B, P)
+    owner = right_pad(owners, -1)  # (B, R)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
+    prompt_places = torch.arange(prompt_ids.shape[1])  # (P,)
+    # (B, R, R): the same response, and not later
+    own = (owner[:, :, None] == owner[:, None]).tril()
+    real = prompt_places < lengths[:, None]  # (B, P): the prompt without its padding
+    sees = real[:, None].expand(-1, own.shape[1], -1)  # (B, R, P)
+    return Packed(
+        ids=torch.cat([prompt_ids, right_pad(inputs)], 1),
+        positions=torch.cat([prompt_places.expand_as(prompt_ids), right_pad(places)], 1),
+        mask=torch.cat([sees, own], 2)[:, None],
+        targets=right_pad(targets),
+    )
+
+
+def right_pad(rows: Sequence[Tensor], value: int = 0) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def shared_prompt_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+):
+    """Attention over a row [prompt, all its responses]: a response sees the prompt and itself, not the others.
+
+    Such rows are recognised by a mask with fewer queries than the row, (B, 1, R, P + R): the prompt's P queries need
+    none, they are plain causal attention. That saves the (P + R)² mask and most of the work, and there is no cache,
+    which gradient checkpointing would silently drop. All other calls are plain sdpa.
+    """
+    sdpa = AttentionInterface()["sdpa"]
+    if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    p = query.shape[2] - attention_mask.shape[2]
+    prompt, _ = sdpa(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
+    responses, _ = sdpa(module, query[:, :, p:], key, value, attention_mask, **kwargs)
+    return torch.cat([prompt, responses], 1), None  # (B, P + R, heads, d)
+
+
+AttentionInterface.register("shared_prompt", shared_prompt_attention)
+AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning: steps that bf16 would lose
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MasterAdamW:
+    """AdamW whose steps are not lost in bf16.
+
+    At lr 1e-6 a step is smaller than half the gap between neighbouring bf16 numbers, and 98% of the weights would never
+    move. So parameters in 16 bits get float32 masters, and the moments, on the CPU: the GPU holds 2 + 2 bytes per
+    parameter, weight and gradient. Parameters in float32 are their own masters, and this is plain AdamW.
+    """
+
+    def __init__(
+        self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)
+    ) -> None:
+        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`."""
+        self.max_norm = max_norm
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.masters: list[Tensor] = []
+        self.copied: list[tuple[Tensor, Tensor]] = []  # (parameter in 16 bits, its master)
+        for param in self.params:
+            if param.dtype.itemsize < 4:
+                master = param.detach().cpu().float()
+                self.copied.append((param, master))
+            else:
+                master = param
+            self.masters.append(master)
+        self.adamw = torch.optim.AdamW(
+            self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
+        if math.isfinite(norm):
+            for param, master in self.copied:
+                master.grad = None if param.grad is None else param.grad.cpu().float()
+            self.adamw.step()
+            for param, master in self.copied:
+                param.copy_(master)
+        for tensor in [*self.params, *self.masters]:
+            tensor.grad = None
+        return norm
+
+    def state_dict(self) -> dict:
+        """The moments and the masters, from which the model's own weights follow."""
+        return {
+            "adamw": self.adamw.state_dict(),
+            "masters": [master.detach() for master in self.masters],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for param, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+            param.copy_(master)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: a model behind a server. No single answer ends a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+# From the inside out: _send speaks HTTP and makes a Reply of whatever comes, _request finds the route, _chat leaves out
+# the settings that the server turns down, _answer asks again where that may help, _sample reads the reply, _judge says
+# whether the rest of the batch is worth asking for. Nothing raises below `sample`: what went wrong stands in the words.
+
+# Finish reasons, in lower case. What stands in none of these sets (a content filter, say) is a failed answer. No
+# tools are ever offered: a model that "calls" one has ended by itself, and its text is its answer.
+COMPLETE = {"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "tool_calls"}
+CUT = {"length", "max_tokens", "max_length", "model_length", "max_output_tokens"}
+STUMBLED = {"error", "abort", "insufficient_system_resource"}  # the server's trouble: asking again may help
+
+# A server that turns down a setting names it. The first one of these that it names is left out first.
+OPTIONAL = ("top_k", "top_p", "temperature", "max_tokens")
+# A prompt that does not fit is refused in words that name max_tokens, too: that is no word against the setting, and
+# without it vLLM would answer in the room that is left, now and from then on.
+TOO_LONG = re.compile("context.length|too (long|large|big|many|high)|at most|exceed|reduce|maximum", re.I)
+# What no field of a URL may be called: URLs are printed and saved.
+SECRET = re.compile("key|token|secret|passw|auth|sig|code|credential", re.I)
+
+PATIENCE = 8  # after so many answers in a row that the server owes us: is it there at all?
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@dataclass
+class Reply:
+    """What came back for one request."""
+
+    status: int  # of HTTP; 0: nothing came; 408: too late; 200: an answer; 502: a 200 that holds none
+    body: Any = None  # the JSON
+    words: str = ""  # what is wrong, in the server's words; "" for an answer
+    wait: float = 0.0  # seconds that the server asks for (Retry-After)
+
+    @property
+    def may_pass(self) -> bool:
+        """The server's own trouble: worth another try."""
+        return self.status in (0, 408, 409, 425, 429) or self.status >= 500
+
+    @property
+    def no_entry(self) -> bool:
+        """Wrong key, route or model, most likely; but a firewall may refuse one prompt by a 403."""
+        return self.status in (403, 404, 405) or 300 <= self.status < 400
+
+
+@dataclass
+class Batch:
+    """What the requests of one call of `sample` know of each other."""
+
+    owed: int = 0  # answers in a row that the server failed to give
+    why: str = ""  # the words for which the batch was given up
+    over: Event = field(default_factory=Event)  # from now on nobody asks or waits
+
+    def give_up(self, words: str) -> None:
+        """The first words count: what fails after them fails because of it."""
+        self.why = self.why or words
+        self.over.set()
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama, OpenAI, Azure, ...), as a LocalModel.
+
+    base_url: used as given, but for /chat/completions at its end; where it has no such route, /v1 is added. A query
+    (Azure's ?api-version=...) goes along with every request; a key in a URL is refused.
+    model: its name there; None takes the first that GET .../models lists.
+    api_key: default $LSE_API_KEY, else $OPENAI_API_KEY; else "no-key", never this machine's Hugging Face token. Sent
+    as a Bearer token and as Azure's api-key, as OpenAI's own client for Azure does (other servers ignore the latter);
+    to no other host (redirects are not followed); never printed.
+    timeout: seconds without a byte; after such a silence there is one more try. concurrency: requests in flight.
+    retries, backoff: what may pass (429, 5xx, a lost connection, a reply that is none) is tried again up to
+    `retries` times, after about backoff * 2^attempt seconds or what Retry-After asks for, a minute at most.
+    extra: more fields for every request; one that is None is not sent. (vLLM, for one, samples by the checkpoint's
+    own top_k where none is sent: {"top_k": -1} switches that off.)
+
+    No single answer ends a run: one that fails is a Sample with an `error`. `usage` counts answers, failed ones
+    included, and tokens as the server reports them. `dropped` holds the settings that the server turned down, with
+    its words; they are not sent any more. Proxies are used as the environment says, but not on this machine.
+    """
+
+    def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *,
+                 timeout: float = 600.0, concurrency: int = 16, retries: int = 5, backoff: float = 1.0,
+                 extra: dict | None = None) -> None:
+        key = api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key"
+        self._key = key.strip()
+        if not re.fullmatch("[!-~]+", self._key):  # the HTTP library would refuse it, and quote it
+            raise ValueError("the key must be one ASCII word in LSE_API_KEY")
+        self.base_url, self._query = split_url(base_url)
+        self._routes = [self.base_url]  # those that may be right; one, after the first answer
+        if not self.base_url.endswith("/v1"):
+            self._routes.append(f"{self.base_url}/v1")
+        self.concurrency = concurrency
+        self.retries = retries
+        self.backoff = backoff
+        self.extra = extra or {}
+        self.usage = Usage()
+        self.dropped: dict[str, str] = {}  # setting -> the server's words
+        self._answered = False  # has this server ever?
+        self._warned = False  # that it cuts prompts
+        self._lock = Lock()
+        self._client = self._connect(timeout)
+        self.model = model or self._first_model()
+
+    def sample(self, chats: Sequence[Chat], n: int = 1, max_new_tokens: int = 512, temperature: float = 1.0,
+               top_p: float = 1.0, top_k: int = 0) -> list[list[Sample]]:
+        """n samples for each chat, in order; temperature 0 is greedy. top_k = 0 is not sent: OpenAI has no top_k.
+
+        Each sample is a request of its own, since not every server knows OpenAI's n. ConnectionError, with the
+        server's words, where nothing works: a wrong key or model, a server that stopped answering, or a batch
+        without any answer from a server that does not answer a plain "Hello" either.
+        """
+        body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                "top_k": top_k or None, "stream": False, **self.extra}
+        bodies = [{**body, "messages": chat} for chat in chats for _ in range(n)]
+        batch = Batch()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                found = list(pool.map(partial(self._answer, batch), bodies))
+            finally:
+                batch.over.set()  # after Ctrl-C, too: nobody waits for another try
+        if found and all(sample.error for sample in found):
+            self._say_hello(batch, bodies[-1], found[-1].error)
+        if batch.why:
+            raise ConnectionError(self._failure("chat/completions", batch.why))
+        return [found[i * n : (i + 1) * n] for i in range(len(chats))]
+
+    # One answer: asked for, asked for again, judged, read
+
+    def _answer(self, batch: Batch, body: dict) -> Sample:
+        """One answer, asked for again while that may help. Whatever goes wrong stands in its `error`."""
+        if batch.over.is_set():
+            return Sample("", None, None, False, "not asked for")
+        reply = self._persist(partial(self._chat, body), batch.over)
+        sample = self._sample(reply)
+        with self._lock:
+            self.usage.answers += 1
+            self.usage.failed += bool(sample.error)
+            self.usage.cut += sample.truncated
+        self._judge(batch, body, reply)
+        return sample
+
+    def _persist(self, ask: Callable[[], Reply], over: Event) -> Reply:
+        """The reply, after up to `retries` more tries; after a timeout there is one more."""
+        reply = ask()
+        for attempt in range(self.retries):
+            too_late = reply.status == 408 and attempt > 0
+            if too_late or not reply.may_pass or over.wait(self._pause(attempt, reply)):
+                break
+            reply = ask()
+        return reply
+
+    def _pause(self, attempt: int, reply: Reply) -> float:
+        """Seconds until another try. The jitter is of its own making: retries must not move a seeded run."""
+        wait = self.backoff * 2**attempt * random.SystemRandom().uniform(0.5, 1.5)
+        return min(max(wait, reply.wait), 60.0)
+
+    def _judge(self, batch: Batch, body: dict, reply: Reply) -> None:
+        """Give the batch up where the rest of it would fail in the same way, one by one, for hours.
+
+        A refusal of one prompt (too long, filtered) says nothing of the next one. A key or a bill that is not
+        accepted does; so does a wrong route or model, unless the server has answered before. An answer that the
+        server owes us after all tries may be the prompt's fault: after several in a row, a plain "Hello" tells.
+        """
+        self._answered = self._answered or reply.status == 200
+        if reply.status in (401, 402) or (reply.no_entry and not self._answered):
+            batch.give_up(reply.words)
+        with self._lock:
+            owes = reply.may_pass or reply.no_entry
+            batch.owed = batch.owed + 1 if owes else 0
+            ask = owes and batch.owed % PATIENCE == 0
+        if ask:
+            self._say_hello(batch, body, reply.words)
+
+    def _say_hello(self, batch: Batch, body: dict, words: str) -> None:
+        """Give the batch up, for its `words`, if the server does not even answer "Hello"."""
+        if batch.why:
+            return
+        reply = self._chat({**body, "messages": HELLO})
+        if self._sample(reply).error:
+            batch.give_up(words)
+
+    def _sample(self, reply: Reply) -> Sample:
+        """The sample in a reply: complete, cut (perhaps while still thinking: without text), or failed."""
+        if reply.words:
+            return Sample("", None, None, False, reply.words)
+        choice = entry(entry(reply.body, "choices"), 0)
+        message = entry(choice, "message")
+        text = content_text(entry(message, "content"))
+        reason = finish_reason(choice)
+        if reason in CUT:
+            return Sample(self._clean(text or ""), None, None, True)
+        if reason in COMPLETE and text is not None:
+            return Sample(self._clean(text), None, None, False)
+        words = entry(message, "refusal") or f"no text to use (finish_reason: {reason or 'none'})"
+        return Sample("", None, None, False, self._short(str(words)))
+
+    # One request: settings, route, HTTP
+
+    def _chat(self, body: dict) -> Reply:
+        """One chat completion. A setting that a refusal names is left out, and for good if that was the reason.
+
+        GPT-5 takes no temperature and calls max_tokens max_completion_tokens; Claude takes no top_p beside it.
+        """
+        left_out = dict(self.dropped)
+        while True:
+            sent = {}
+            for name, value in body.items():
+                if name == "max_tokens" and name in left_out:
+                    sent["max_completion_tokens"] = value
+                elif name not in left_out and value is not None:
+                    sent[name] = value
+            reply = self._request("chat/completions", sent)
+            refused = refused_setting(reply, sent)
+            if not refused:
+                break
+            left_out[refused] = reply.words
+        if reply.status == 200:
+            self._keep_out(left_out)
+            self._count_tokens(reply, body)
+        return reply
+
+    def _keep_out(self, left_out: dict[str, str]) -> None:
+        """From now on no request holds these settings. Each is warned of once, whichever thread found it out."""
+        with self._lock:
+            new = [name for name in left_out if name not in self.dropped]
+            self.dropped.update(left_out)
+        for name in new:
+            words = left_out[name]
+            warnings.warn(f"{self.model} turns down {name}, so it is left out ({words})", stacklevel=2)
+
+    def _count_tokens(self, reply: Reply, body: dict) -> None:
+        """Adds up what the server reports, and warns once where it has read far less than was sent.
+
+        Ollama, for one, cuts a prompt at 4,096 tokens and answers 200. A prompt has at least one token per word
+        between white space, and per 8 characters, for scripts without spaces: Chinese has less than 2 characters to
+        a token, English 4 and more. Real counts are 1.3 to 4 times that, so a count below it is far below. Nobody
+        cuts at less than 500.
+        """
+        usage = entry(reply.body, "usage")
+        read = whole_number(entry(usage, "prompt_tokens"))
+        words = " ".join(str(message["content"]) for message in body["messages"]).split()
+        least = max(len(words), len("".join(words)) // 8)
+        with self._lock:
+            self.usage.tokens_read += read
+            self.usage.tokens_written += whole_number(entry(usage, "completion_tokens"))
+            warn = not self._warned and 0 < read < least and least > 500
+            self._warned = self._warned or warn
+        if warn:
+            told = f"it says that it read {read:,} tokens of at least {least:,}"
+            warnings.warn(f"{self.base_url} cuts long prompts: {told}. Give it a longer context "
+                          "(Ollama: num_ctx).", stacklevel=2)
+
+    def _request(self, path: str, sent: dict | None = None) -> Reply:
+        """One request to the route that has answered before; until then, to the given URL, then to it and /v1."""
+        replies: list[Reply] = []
+        routes = self._routes
+        for route in routes:
+            reply = self._send(f"{route}/{path}{self._query}", sent)
+            replies.append(reply)
+            if reply.status == 200:
+                self.base_url = route
+                self._routes = [route]
+            if reply.status not in (404, 405, 502):  # 502: LM Studio answers 200 where it has no route
+                return reply
+        told = max(replies, key=lambda reply: reply.status)  # a 502 may pass, a 404 does not
+        if len(routes) > 1:
+            both = [f"{route}/{path}: {reply.words}" for route, reply in zip(routes, replies)]
+            told.words = "; ".join(both)
+        return told
+
+    def _send(self, url: str, sent: dict | None) -> Reply:
+        """POST `sent`, or GET. Never raises: what there is to say of an error stands in the reply's words."""
+        try:
+            if sent is None:
+                response = self._client.get(url)
+            else:  # in ASCII and \u escapes: no text can fail to be encoded
+                response = self._client.post(url, content=json.dumps(sent).encode())
+        except httpx2.TimeoutException as error:
+            return Reply(408, words=f"no answer: it timed out ({type(error).__name__})")
+        except httpx2.HTTPError as error:
+            return Reply(0, words=self._short(f"no answer: {type(error).__name__} {error}"))
+        try:
+            body = json.loads(response.content)
+        except (ValueError, RecursionError):
+            body = None
+        status = response.status_code
+        if response.is_success:
+            status = worth(body, "data" if sent is None else "choices")
+        if status == 200:
+            return Reply(200, body)
+        said = error_words(body, response.content.decode("utf-8", "replace"))
+        if response.has_redirect_location:
+            said = f"moved to {response.headers['location']}: give that URL"
+        wait = retry_after(response.headers.get("retry-after", ""))
+        return Reply(status, body, self._short(f"{response.status_code}: {said}"), wait)
+
+    # Plumbing
+
+    def _connect(self, timeout: float) -> httpx2.Client:
+        """A client that keeps its connections, for all threads. Proxies are for other machines only."""
+        here = urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+        keys = {"Authorization": f"Bearer {self._key}", "api-key": self._key}
+        try:
+            return httpx2.Client(headers={"Content-Type": "application/json", **keys}, trust_env=not here,
+                                 timeout=httpx2.Timeout(timeout, connect=min(timeout, 20.0)),
+                                 limits=httpx2.Limits(max_connections=self.concurrency))
+        except ImportError as error:  # SOCKS takes one more package
+            raise ValueError(f"the proxy in HTTP_PROXY or ALL_PROXY cannot be used: {error}") from None
+
+    def _first_model(self) -> str:
+        """The first model that the server lists. ConnectionError if it does not answer, or lists none."""
+        reply = self._persist(partial(self._request, "models"), Event())
+        name = entry(entry(entry(reply.body, "data"), 0), "id")
+        if reply.words or not isinstance(name, str):
+            raise ConnectionError(self._failure("models", reply.words or "no models are listed"))
+        return name
+
+    def _failure(self, path: str, words: str) -> str:
+        """What a ConnectionError says: where, the server's words, what its user can do."""
+        return (f"{self.base_url}/{path} failed. {words}\nWhat to do: see that the server is up, check URL, "
+                "model name, settings and quota, and the key in LSE_API_KEY")
+
+    def _short(self, words: str) -> str:
+        """A server's words, fit to be printed and saved: one line without the key."""
+        words = words.encode("utf-8", "replace").decode().replace(self._key, "***")
+        return " ".join(words.split())[:400]
+
+    def _clean(self, text: str) -> str:
+        """A reply's text, fit to be saved: no half of a UTF-16 pair, and no key, which a server may echo."""
+        text = text.encode("utf-8", "replace").decode()
+        if len(self._key) > 15:  # "EMPTY" and the like are no secrets
+            text = text.replace(self._key, "***")
+        return text
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The base URL, without / or /chat/completions at its end, and its query: "" or "?...".
+
+    ValueError, which does not show the URL, if it is none or may hold a password or a key.
+
+    >>> split_url("https://me.azure.com/openai/deployments/gpt/chat/completions?api-version=2024-10-21")
+    ('https://me.azure.com/openai/deployments/gpt', '?api-version=2024-10-21')
+    """
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(httpx2.URL(url).host)
+    except (ValueError, httpx2.InvalidURL):
+        usable = False
+    secret = False
+    if usable:
+        fields = parse_qsl(parts.query, keep_blank_values=True)
+        secret = any(SECRET.search(name) or not value for name, value in fields)  # "?sk-123" is a value alone
+    if not usable or secret or re.search(r"[\s#@]", url):
+        raise ValueError("the URL of a server looks like http://host:8000/v1; keys stand in LSE_API_KEY only")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc}{path}", query
+
+
+def entry(thing: Any, place: str | int) -> Any:
+    """thing[place], or None where there is no such thing: servers send what they please.
+
+    >>> entry(entry({"choices": [7]}, "choices"), 0), entry(None, "choices")
+    (7, None)
+    """
+    if isinstance(thing, dict):
+        return thing.get(place)
+    if isinstance(thing, list) and isinstance(place, int) and place < len(thing):
+        return thing[place]
+    return None
+
+
+def whole_number(value: Any) -> int:
+    """The value if it is a count, else 0."""
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def content_text(content: Any) -> str | None:
+    """A message's text: a string, or the text among its parts, without a reasoning model's thinking. None: none.
+
+    >>> content_text([{"type": "thinking", "thinking": "2 + 2 ..."}, {"type": "text", "text": "4"}])
+    '4'
+    """
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, str):
+            texts.append(part)
+        elif entry(part, "type") in ("text", "output_text") and isinstance(entry(part, "text"), str):
+            texts.append(part["text"])
+    return "".join(texts) if texts else None
+
+
+def finish_reason(choice: Any) -> str:
+    """In lower case, since Google shouts; "" for none."""
+    return str(entry(choice, "finish_reason") or "").lower()
+
+
+def worth(body: Any, wanted: str) -> int:
+    """The status that a 200 deserves: 200 if it holds what is wanted, else the code of its error, else 502.
+
+    >>> worth({"choices": [{"message": {"content": "4"}}]}, "choices"), worth({"error": {"code": 429}}, "choices")
+    (200, 429)
+    >>> worth({"choices": []}, "choices"), worth("lunch break", "data")
+    (502, 502)
+    """
+    first = entry(entry(body, wanted), 0)
+    error = entry(body, "error") or entry(first, "error")
+    code = entry(error, "code")
+    if error:
+        return code if isinstance(code, int) and 400 <= code < 600 else 502
+    if wanted == "data":
+        return 200 if isinstance(entry(body, "data"), list) else 502
+    usable = isinstance(entry(first, "message"), dict) and finish_reason(first) not in STUMBLED
+    return 200 if usable else 502
+
+
+def error_words(body: Any, text: str) -> str:
+    """What an error says: OpenAI's {"error": {"message": ...}} or a relative of it; else the page without tags.
+
+    >>> error_words({"error": {"message": "not with this model", "param": "temperature"}}, "")
+    "not with this model ('temperature')"
+    """
+    if isinstance(body, list) and body:  # Gemini
+        body = body[0]
+    if not isinstance(body, dict):
+        return re.sub("<[^>]*>", " ", str(body or text)).strip() or "an empty reply"
+    choice = entry(body.get("choices"), 0)
+    error = body.get("error") or entry(choice, "error") or body.get("detail") or body
+    words = str(entry(error, "message") or error)
+    # The setting that is meant; and what stands behind OpenRouter's "Provider returned error".
+    for name in ("param", "metadata"):
+        more = entry(error, name)
+        if more and str(more) not in words:
+            words = f"{words} ({more!r})"
+    return words
+
+
+def refused_setting(reply: Reply, sent: dict) -> str:
+    """The setting that a refusal is about, or "".
+
+    >>> refused_setting(Reply(400, words="Unsupported value: 'temperature'"), {"temperature": 0.7, "top_p": 1.0})
+    'temperature'
+    >>> refused_setting(Reply(400, words="max_tokens is too large: 512. The maximum is 196"), {"max_tokens": 512})
+    ''
+    """
+    if reply.status in (400, 422) and not TOO_LONG.search(reply.words):
+        for name in OPTIONAL:
+            if name in sent and re.search(rf"\b{name}\b", reply.words):
+                return name
+    return ""
+
+
+def retry_after(header: str) -> float:
+    """The seconds that a Retry-After header asks for, in decimals or by a date; 0 if it says nothing of use.
+
+    >>> retry_after("1.5"), retry_after("soon"), retry_after("Wed, 21 Oct 2015 07:28:00 GMT")
+    (1.5, 0.0, 0.0)
+    """
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", header):
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0

@@ -5,6 +5,7 @@
         server.requests                                     # what was asked, in order of arrival
 
 `reply(messages, body)` returns one text (used for all n choices), a list of texts (exactly these choices) or a Fault.
+`base` is where the API lives on the server; any other path gets `nowhere`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to fail. kind: "status" (an error reply with `status`, `message` and perhaps a Retry-After header),
-    "raw" (200 with `message` as the whole body), "empty" (no choices), "null" (a choice whose content is null and whose
-    finish_reason is `finish`), "hang" (no answer until the server ends), "close" (the connection is cut)."""
+    """A way to fail. kind: "status" (an error reply with `status`, `message` and perhaps a Retry-After or a Location
+    header), "raw" (200 with `message` as the whole body), "page" (the same with `status`), "empty" (no choices), "null"
+    (a choice whose content is null and whose finish_reason is `finish`), "hang" (no answer until the server ends),
+    "close" (the connection is cut)."""
 
     kind: str = "status"
     status: int = 500
     message: str = "the server is on fire"
     retry_after: str = ""
     finish: str = "stop"
+    location: str = ""
 
 
 Reply = str | list[str] | Fault
@@ -36,7 +39,7 @@ Reply = str | list[str] | Fault
 
 @dataclass
 class Server:
-    """What the test sees: the URL, and the log of requests as {"body", "key", "path"}."""
+    """What the test sees: the URL, and the log of requests as {"body", "key", "path", "headers"}."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -66,12 +69,13 @@ def cut(text: str, limit: int | None) -> tuple[str, str]:
     return (" ".join(words[:limit]), "length") if limit is not None and len(words) > limit else (text, "stop")
 
 
-def handler(server: Server, reply: Callable[[list, dict], Reply], models: tuple[str, ...],
-            over: threading.Event) -> type[BaseHTTPRequestHandler]:
+def handler(server: Server, reply: Callable[[list, dict], Reply], models: tuple[str, ...], over: threading.Event,
+            base: str, nowhere: Fault) -> type[BaseHTTPRequestHandler]:
     """The request handler of `serve`; setting `over` lets go of the requests that hang."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # connections stay open between requests, as with real servers
+        disable_nagle_algorithm = True  # or the body waits 40 ms for the headers to be acknowledged
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -87,19 +91,24 @@ def handler(server: Server, reply: Callable[[list, dict], Reply], models: tuple[
         def note(self, body: dict[str, Any]) -> None:
             key = self.headers.get("Authorization", "").removeprefix("Bearer ")
             with server.lock:
-                server.requests.append({"path": self.path, "body": body, "key": key})
+                server.requests.append({"path": self.path, "body": body, "key": key, "headers": dict(self.headers)})
+
+        def route(self) -> str:
+            """The path without the query; a proxy is sent the whole URL."""
+            path = self.path.partition("?")[0]
+            return "/" + path.split("/", 3)[3] if "://" in path else path
 
         def do_GET(self) -> None:
             self.note({})
-            found = self.path == "/v1/models"
-            listed = {"object": "list", "data": [{"id": name} for name in models]}
-            self.send(200 if found else 404, json.dumps(listed if found else {"error": "no such path"}).encode())
+            if self.route() != f"{base}/models":
+                return self.fail(nowhere, {})
+            self.send(200, json.dumps({"object": "list", "data": [{"id": name} for name in models]}).encode())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.note(body)
-            if self.path != "/v1/chat/completions":
-                return self.send(404, b'{"error": "no such path"}')
+            if self.route() != f"{base}/chat/completions":
+                return self.fail(nowhere, body)
             with server.lock:
                 server.busy += 1
                 server.most_busy = max(server.most_busy, server.busy)
@@ -123,12 +132,16 @@ def handler(server: Server, reply: Callable[[list, dict], Reply], models: tuple[
                 self.close_connection = True
             elif fault.kind == "raw":
                 self.send(200, fault.message.encode())
+            elif fault.kind == "page":
+                self.send(fault.status, fault.message.encode())
             elif fault.kind == "empty":
                 self.send(200, json.dumps(completion([], [], body)).encode())
             elif fault.kind == "null":
                 self.send(200, json.dumps(completion([None], [fault.finish], body)).encode())
             elif fault.kind == "status":
                 headers = {"Retry-After": fault.retry_after} if fault.retry_after else {}
+                if fault.location:
+                    headers["Location"] = fault.location
                 self.send(fault.status, json.dumps({"error": {"message": fault.message}}).encode(), **headers)
             else:
                 raise ValueError(f"no such fault: {fault.kind!r}")
@@ -136,13 +149,17 @@ def handler(server: Server, reply: Callable[[list, dict], Reply], models: tuple[
     return Handler
 
 
+NOWHERE = Fault(status=404, message="no such path")
+
+
 @contextmanager
-def serve(reply: Callable[[list, dict], Reply], models: tuple[str, ...] = ("test-model",)) -> Iterator[Server]:
+def serve(reply: Callable[[list, dict], Reply], models: tuple[str, ...] = ("test-model",), base: str = "/v1",
+          nowhere: Fault = NOWHERE) -> Iterator[Server]:
     """Answer `reply(messages, body)` at server.url until the block ends."""
     server, over = Server(""), threading.Event()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler(server, reply, models, over))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler(server, reply, models, over, base, nowhere))
     http.daemon_threads = True
-    server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
+    server.url = f"http://127.0.0.1:{http.server_address[1]}{base}"
     thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data
-from data import Question, Questions, choice_letter
+from data import Problem, Questions, choice_letter
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark subsets of ../shared/data are not here")
@@ -32,12 +33,12 @@ def choice(path: Path | str | None = None) -> Questions:
     return Questions("mmlu", path)
 
 
-def choice_problem(row: dict) -> Question:
+def choice_problem(row: dict) -> Problem:
     (record,) = data.read_records([row], "here", "d")
     return data.choice_problem(record)
 
 
-def everything(task: Questions) -> list[Question]:
+def everything(task: Questions) -> list[Problem]:
     return [problem for domain in task.domains("all") for problem in task.problems(domain)]
 
 
@@ -146,7 +147,7 @@ def test_up_to_four_options_stay_as_they_are():
 
 # --- grading ----------------------------------------------------------------------------------------------------------
 
-FOUR = Question("1", "Capital of France?", "B", choices=("Rome", "Paris", "Bern", "Oslo"))
+FOUR = Problem("1", "Capital of France?", "B", choices=("Rome", "Paris", "Bern", "Oslo"))
 
 
 @pytest.mark.parametrize(
@@ -162,24 +163,26 @@ def test_one_letter_counts(said: str, correct: bool):
 
 
 def test_grades_say_what_was_wrong():
-    def grade(response: str, problem: Question = FOUR):
+    def grade(response: str, problem: Problem = FOUR):
         return Questions.grade(None, problem, response)
 
     assert grade("<answer>B</answer>") == data.Grade(True, "B", "")
-    assert grade("B") == data.Grade(False, "", "There is no closed pair of <answer> tags.") == grade("<answer>B")
-    assert grade("<answer>A or B</answer>").feedback == "The tags must hold the letter of one option and nothing else."
+    missing = data.Grade(False, "", "There is no closed pair of <answer> tags.", readable=False)
+    assert grade("B") == missing == grade("<answer>B")
+    unclear = "The tags must hold the letter of one option and nothing else."
+    assert grade("<answer>A or B</answer>") == data.Grade(False, "A or B", unclear, readable=False)
     assert grade("<answer>d</answer>") == data.Grade(False, "D", "D is 'Oslo'; the right option, B, is 'Paris'.")
     assert grade("<answer>A</answer> no, <answer>B</answer>").correct  # the last one counts
-    beyond = grade("<answer>D</answer>", Question("2", "?", "B", choices=("x", "y", "z")))
+    beyond = grade("<answer>D</answer>", Problem("2", "?", "B", choices=("x", "y", "z")))
     assert beyond.answer == "D" and not beyond.correct and "the letter of one option" in beyond.feedback
 
 
 def test_the_chats_show_everything_and_need_no_system_message(tmp_path: Path):
-    task = choice(write_jsonl(tmp_path / "first_aid.jsonl", record("A lone \ud800?", error_type="ok")))
+    task = choice(write_jsonl(tmp_path / "first_aid.jsonl", record("A lone sheep?", error_type="ok")))
     problem = task.problems("first_aid")[0]
     (message,) = task.solve_chat("MY RULES", problem)
-    assert message["role"] == "user" and message["content"].encode("utf-8")
-    for part in ("first aid", "MY RULES", "A lone ?", "A. 3\nB. 4\nC. 5\nD. 6", "<answer>"):
+    assert message["role"] == "user"
+    for part in ("first aid", "MY RULES", "A lone sheep?", "A. 3\nB. 4\nC. 5\nD. 6", "<answer>"):
         assert part in message["content"]
     assert task.grade(problem, message["content"]).correct is False  # echoing the form wins nothing
     grade = task.grade(problem, "<answer>A</answer>")
@@ -293,6 +296,12 @@ def test_one_subject_is_found_at_any_depth(tmp_path: Path, make: Callable):
     assert task.domains("train") == task.domains("test") == ["law"] and len(task.problems("law")) == 1
 
 
+def test_a_prefix_is_no_part_of_the_subject_and_makes_no_test(tmp_path: Path):
+    write_jsonl(tmp_path / "mmlu_law.jsonl", record())
+    write_jsonl(tmp_path / "mmlu_test.jsonl", record())
+    assert choice(tmp_path).domains("all") == ["law", "test"] and choice(tmp_path).domains("train") == ["law"]
+
+
 def test_hidden_files_are_no_subjects(tmp_path: Path):
     write_jsonl(tmp_path / "law.jsonl", record())
     write_jsonl(tmp_path / ".ipynb_checkpoints/law-checkpoint.jsonl", record())
@@ -321,6 +330,42 @@ def test_line_separators_inside_a_string_do_not_split_it(tmp_path: Path):
     path = tmp_path / "law.jsonl"
     path.write_text(json.dumps(record("a\u2028b\x85c"), ensure_ascii=False) + "\r\n\n", encoding="utf-8")
     assert choice(path).problems("law")[0].question == "a\u2028b\x85c"
+
+
+def jsonl_with_halves(root: Path) -> None:
+    row = record("half \ud800?", choices=["\udfff", "b"], answer=1, id="\ud83d", note=[{"\ud800": "\ud800"}])
+    write_jsonl(root / "law.jsonl", row)
+    raw = b'{"question": "raw \xed\xa0\x80?", "choices": ["a", "b"], "answer": 1}'  # read as JSON, not as UTF-8
+    (root / "law.jsonl").write_bytes((root / "law.jsonl").read_bytes() + b"\n" + raw)
+
+
+def csv_with_halves(root: Path) -> None:
+    choices = r"['\ud800', 'b']"  # Python's escapes in the text of a list
+    (root / "law.csv").write_text(f'question,choices,answer\nhalf?,"{choices}",1\n', encoding="utf-8")
+
+
+def saved_with_halves(root: Path) -> None:
+    save(root / "law", record("half?", choices=[], answer=1) | {"choices": r"['\ud800', 'b']"})
+
+
+@pytest.mark.parametrize("write", [jsonl_with_halves, csv_with_halves, saved_with_halves])
+@pytest.mark.parametrize("name", ["mmlu", "jsonl"])
+def test_what_is_read_holds_no_lone_surrogate(tmp_path: Path, write: Callable, name: str):
+    write(tmp_path)
+    task = Questions(name, tmp_path)
+    for problem in everything(task):
+        assert str(problem).encode() and problem.choices[1] == "b" and problem.gold == "B"
+        assert problem.choices[0] in ("?", "a")
+        assert task.solve_chat("MY RULES", problem)[0]["content"].encode()
+    assert [p.id for p in everything(task)][0] in ("?", "law-1")
+
+
+def test_a_file_name_that_is_no_text_makes_no_lone_surrogate(tmp_path: Path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("such names are not possible here")
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.jsonl"))
+    (problem,) = everything(choice(write_jsonl(name, record())))
+    assert (problem.id, problem.domain) == ("a?-1", "a")
 
 
 BROKEN = {  # file contents -> what people read

@@ -91,11 +91,23 @@ def test_only_the_last_closed_tags_count(tmp_path: Path):
     task = task_of(tmp_path, {"answer": "yes"})
     (problem,) = task.problems("own")
     assert task.grade(problem, "<answer>no</answer> wait <answer>yes</answer>") == Grade(True, "yes")
-    missing = Grade(False, "", "There is no closed pair of <answer> tags.")
+    missing = Grade(False, "", "There is no closed pair of <answer> tags.", readable=False)
     assert task.grade(problem, "yes") == task.grade(problem, "<answer>yes") == task.grade(problem, "") == missing
     number = task_of(tmp_path, {"answer": 3})
     grade = number.grade(number.problems("own")[0], "<answer>2 or 3</answer>")
-    assert grade == Grade(False, "2 or 3", "The tags must hold one number, no other digit.")
+    assert grade == Grade(False, "2 or 3", "The tags must hold one number, no other digit.", readable=False)
+
+
+@pytest.mark.parametrize("record, said, readable", [
+    ({"answer": "yes"}, "no", True), ({"answer": "yes"}, " \n", False), ({"answer": 3}, "4", True),
+    ({"answer": 3}, "three", False), ({"answer": "yes", "grader": "contains"}, "", False),
+    ({"answer": "yes", "grader": "contains"}, "no", True), ({"answer": "A", "choices": ["a", "b"]}, "B", True),
+    ({"answer": "A", "choices": ["a", "b"]}, "C", False),
+])  # fmt: skip
+def test_an_answer_is_readable_if_there_is_something_to_grade(tmp_path: Path, record: dict, said: str, readable: bool):
+    task = task_of(tmp_path, record)
+    grade = task.grade(task.problems("own")[0], f"<answer>{said}</answer>")
+    assert (grade.correct, grade.readable) == (False, readable)
 
 
 def test_domains_ids_and_splits(tmp_path: Path):

@@ -191,11 +191,6 @@ VALID = tensor([[True, True, True], [True, True, True], [True, False, True]])
         ("score", [[0.9, 0.5, 0.1], [0.4, 0.4, 0.4], [0.2, -1.0, 0.6]]),
         # std of (.9, .5, .1) is .4; of (.2, -1, .6), mean -1/15, it is sqrt((.2667² + .9333² + .6667²) / 2) = .83267
         ("grpo", [[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.32026, -1.12090, 0.80064]]),
-        ("node", [[0.4, 0.0, -0.4], [0.0, 0.0, 0.0], [0.2, -0.8, 0.6]]),
-        (
-            "batch",
-            [[0.1 + 1.2 / 9, -0.3 + 1.2 / 9, -0.7 + 1.2 / 9], [0.1 + 1.2 / 9] * 3, [1.2 / 9, -0.8666667, 0.5333333]],
-        ),
         # node means of delta -.3, .1, -.2 at .8, .3, .2: slope -.076667 / .206667, mean -.133333 at .433333
         ("line", [[0.3693548, -0.0306452, -0.4306452], [0.1838710] * 3, [0.0467742, -0.9532258, 0.4467742]]),
     ],
@@ -205,7 +200,7 @@ def test_advantages_by_hand(kind, expected):
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="'ppo'.*delta, grpo, score, line, node or batch"):
+    with pytest.raises(ValueError, match="'ppo'.*delta, grpo, score or line"):
         advantages("ppo", AFTER, BEFORE, VALID)
 
 
@@ -242,7 +237,7 @@ def test_line_removes_any_line_and_needs_no_groups():
     same = torch.full((4,), 0.5)  # one start score only: the line is the mean
     after = torch.rand(4, 2)
     ones = torch.ones(4, 2, dtype=torch.bool)
-    assert torch.allclose(advantages("line", after, same, ones), advantages("batch", after, same, ones), atol=1e-6)
+    assert torch.allclose(advantages("line", after, same, ones), after - after.mean(), atol=1e-6)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

@@ -411,12 +411,6 @@ def test_control_strings_in_contents_stay_text(forged, plain):
     assert sum(i >= FIRST for i in ids) == 2 * plain
 
 
-def test_half_a_surrogate_pair_is_no_reason_to_stop():
-    local, chat = LocalModel(tiny_model(), tiny_tokenizer()), user("w1 \ud83d w2")
-    assert local.encode(chat) == local.encode(user("w1 ? w2")) and chat == user("w1 \ud83d w2")
-    assert len(local.encode(user("w1 \ud83d <user>"))) == 4  # also where control strings are hidden
-
-
 @pytest.mark.skipif(not QWEN.exists(), reason="needs ../shared/data/tokenizer/qwen3")
 class TestQwen:
     """The same with a real byte-pair tokenizer and template."""

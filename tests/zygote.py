@@ -52,7 +52,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tiny.small_world()
     # What is loaded late, a child without rights could not load.
-    tiny.data.mini_tokenizer().apply_chat_template([{"role": "user", "content": ""}])
+    tiny.make_base.mini_tokenizer().apply_chat_template([{"role": "user", "content": ""}])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:
