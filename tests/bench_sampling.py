@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, DynamicLayer, Qwen3Config, Qwen3ForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
-from shared_sampling import plain_sample, ready_to_sample, shared_sample, until_eos
+from lse import blank_generation, plain_sample, shared_sample, until_end
 
 WORDS = 512
 SHAPES = {  # name: [(prompts, rows of each, common tokens, own tokens, new tokens, width of the model), ...]
@@ -60,7 +60,7 @@ def before_sample(model, rows, eos, pad, **options):
     ids = torch.tensor([[*prompt[:-1], *[pad] * gap, prompt[-1]] for prompt, gap in zip(distinct, gaps)])
     mask = torch.tensor([[1] * (len(p) - 1) + [0] * gap + [1] for p, gap in zip(distinct, gaps)])
     cache = DynamicCache(config=model.config)
-    with ready_to_sample(model, eos, pad):
+    with blank_generation(model, eos, pad):
         if prefix:
             model(ids[:1, :prefix], past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(len(distinct))
@@ -69,7 +69,7 @@ def before_sample(model, rows, eos, pad, **options):
         for i, layer in enumerate(cache.layers):
             cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
         out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
-    return until_eos(out[:, ids.shape[1] :], eos)
+    return [until_end(row, eos) for row in out[:, ids.shape[1] :]]
 
 
 WAYS = {"plain": plain_sample, "before": before_sample, "now": shared_sample}
