@@ -25,7 +25,6 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 import data
 import evolve
 import train
-from evolve import Edit
 from lse import EvolutionTree, LocalModel, MasterAdamW, Sample, logprobs
 from train import Rollout, StartState
 
@@ -110,7 +109,7 @@ def test_a_run_leaves_what_the_design_promises(run):
 def test_what_to_expect_is_said_of_the_usual_run_alone(run, tmp_path, capsys, settings, shown):
     results = json.loads((run[0] / "results.json").read_text())
     config = asdict(evolve.with_presets(train.Config())) | settings
-    trees = {"test000": evolve.EvolutionTree.load(run[0] / "trees" / "test000.json")}
+    trees = {"test000": EvolutionTree.load(run[0] / "trees" / "test000.json", data.Answer)}
     train.finish(results | {"config": config}, trees, trees, tmp_path)
     assert (train.EXPECT in capsys.readouterr().out) == shown
 
@@ -167,7 +166,7 @@ def test_before_and_after_are_the_base_and_the_editor_on_unseen_domains(small, b
     for name, model in (("untrained", solver), ("trained", editor)):
         again, trees = train.evaluate(task, solver, model, s, "", ALONE)
         assert again == results[name]
-        saved = {file.stem: EvolutionTree.load(file).nodes for file in (tmp_path / "run/trees").glob("*.json")}
+        saved = {file.stem: EvolutionTree.load(file, data.Answer).nodes for file in (tmp_path / "run/trees").glob("*.json")}
         assert ({d: tree.nodes for d, tree in trees.items()} == saved) == (name == "trained")
         assert set(trees) == set(task.domains("test"))
 
@@ -352,7 +351,8 @@ def test_the_step_follows_the_gradient_of_its_own_samples(monkeypatch, micro_bat
     samples = [[Sample("text", response, prompt, False) for response in responses] for prompt, responses in groups]
     monkeypatch.setattr(editor, "sample", lambda chats, **_: samples)
     monkeypatch.setattr(train, "advantages", lambda *_: weights)
-    s = evolve.with_presets(train.Config(micro_batch=micro_batch, gradient_checkpointing=checkpointing, states=4, group=2))
+    settings = dict(micro_batch=micro_batch, gradient_checkpointing=checkpointing, states=4, group=2)
+    s = evolve.with_presets(train.Config(**settings))
     pool = [StartState("d", "", 0.0, 0, 1.0)]
     line, _ = train.train_step(Columns(), Echo(), editor, Capture(), pool, s, 0, ALONE)
     assert torch.allclose(captured[0], naive, atol=1e-6)
@@ -419,7 +419,7 @@ def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeyp
     monkeypatch.setattr(LocalModel, "sample", lambda *_, **__: pytest.fail("a model was called"))
     assert small(tmp_path / "run", dry_run=True) is None and not (tmp_path / "run").exists()
     plan = capsys.readouterr().out
-    answers, edits = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:answers|edits)", plan))
+    answers, edits = (int(n.replace(",", "")) for n in re.findall(r"(?:solver|editor) +([\d,]+)", plan))
 
     def sample(self, chats, n=1, max_new_tokens=512, **options):
         counts.append((max_new_tokens, n * len(chats)))
