@@ -8,9 +8,9 @@ A task is an object with the seven members of `Task` below. Five come with this 
     jsonl    questions of your own
     bird     text-to-SQL: BIRD and everything in its format
 
-In this order: what a task is, the miniature, the shop, question tasks, text-to-SQL; below the last banner the sandbox in which
-SQL of a model runs, and the reading of files. Left out on purpose: models, rewards and trees, the matter of `lse.py`.
-This file knows nothing of them and can be copied away alone.
+In this order: what a task is, the miniature, the shop, question tasks, text-to-SQL; below the last banner the sandbox in
+which SQL of a model runs, and the reading of files. Left out on purpose: models, rewards and trees, the matter of
+`lse.py`. This file knows nothing of them and can be copied away alone.
 
     python -c "import data; print(data.load_task('mini').problems('train000')[0])"
     python -m pytest data.py
@@ -317,8 +317,8 @@ def mini_database(domain: str) -> sqlite3.Connection:
 # ---------------------------------------------------------------------------------------------------------------------
 # The shop: hidden facts in plain words, for small models that have read
 # ---------------------------------------------------------------------------------------------------------------------
-# The miniature's twin in natural language, for real models from 135 million parameters on. A domain is a shop. Six facts
-# about it, of six kinds, are drawn from its name, and no model can know them. Customers ask for them in plain words:
+# The miniature's twin in natural language, for real models from 135 million parameters on. A domain is a shop. Six
+# facts about it, of six kinds, are drawn from its name, and no model can know them. Customers ask in plain words:
 #
 #     instructions   The manager is Clara.            after an edit, say
 #                    The door is green.
@@ -465,7 +465,7 @@ Answer from the notes in one short sentence."""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
-        """Right if the first line holds the gold word and no other value of that fact: to name all of them is no answer."""
+        """Right if the first line holds the gold word and no other value of that fact: to name them all is no answer."""
         said = first_line(response)
         if not said:
             return Grade(False, "", "There is no answer.", readable=False)
