@@ -8,8 +8,8 @@ A task is an object with the seven members of `Task` below. Five come with this 
     jsonl    questions of your own
     bird     text-to-SQL: BIRD and everything in its format
 
-In this order: what a task is, the miniature, the shop, question tasks, text-to-SQL; below the last banner the sandbox in
-which SQL of a model runs, and the reading of files. Left out on purpose: models, rewards and trees, the matter of
+In this order: what a task is, the miniature, the shop, question tasks, text-to-SQL; below the last banner the sandbox
+in which SQL of a model runs, and the reading of files. Left out on purpose: models, rewards and trees, the matter of
 `lse.py`. This file knows nothing of them and can be copied away alone.
 
     python -c "import data; print(data.load_task('mini').problems('train000')[0])"
@@ -20,6 +20,7 @@ import ast
 import csv
 import difflib
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -35,7 +36,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +72,7 @@ class Grade:
     answer: str  # what the grader took as the answer
     feedback: str = ""  # one line for the editor on what went wrong
     readable: bool = True  # False: nothing to take as an answer (no closed tags, no query, no letter, ...)
+    lenient: bool = False  # the answer stands where it was not asked for: without the tags, say
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Answer:
     feedback: str = ""
     truncated: bool = False  # the response was cut off at the token limit
     readable: bool = True
+    lenient: bool = False  # see Grade
 
 
 Summary = list[Answer]  # S: the k graded problems that the editor sees
@@ -95,11 +98,14 @@ Chat = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 class Task(Protocol):
     """What evolve.py and train.py ask of a task. Write a class with these members; there is nothing to inherit.
 
-    Two more members are optional:
+    Three more members are optional:
         grade_many(pairs, progress="")    the list of `grade(problem, response)` for all pairs, where there is a faster
                                           way than one by one; `progress` is the title of its progress bar
-        read_edit(text)                   the new instructions in an editor's text, None if there are none; without this
-                                          member they are what stands between <prompt> and </prompt>
+        read_edit(text), or               the new instructions in an editor's text, None if there are none; without this
+        read_edit(text, cut)              member they are what stands between <prompt> and </prompt>. A reader that
+                                          takes `cut` is told whether the text was cut off at the token limit.
+        perfect_instructions(domain)      instructions with all that can be known of a domain: how they score shows,
+                                          before a run begins, whether edits have anything to reach
     """
 
     name: str  # a short word for folders and logs
@@ -445,7 +451,7 @@ class Shop:
         splits = ["holdout"] + ["test"] * 2 + ["pool"] * 3
         problems = []
         for i, split in enumerate(splits):
-            for kind, value in self.facts(domain).items():  # inside: the first six of any split ask for every fact
+            for kind, value in self.facts(domain).items():  # inside: the first six of a split ask for all facts
                 identifier = f"{domain}/{kind}/{i}"
                 problems.append(Problem(identifier, shuffled[kind][i], value, domain, split))
         return problems
@@ -465,7 +471,7 @@ Answer from the notes in one short sentence."""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
-        """Right if the first line holds the gold word and no other value of that fact: to name them all is no answer."""
+        """Right if the first line holds the gold word and no other value of that fact: naming them all is no answer."""
         said = first_line(response)
         if not said:
             return Grade(False, "", "There is no answer.", readable=False)
@@ -524,13 +530,16 @@ def said_and_right(said: str, gold: str) -> str:
 
 
 def load_task(name: str, path: str | Path | None = None) -> Task:
-    """The task of that name. `path` is the data: "bird" and "jsonl" need one, "mmlu" downloads its questions without.
+    """The task of that name, or of a class of your own: FILE.py:CLASS.
 
-    ValueError for an unknown name or a missing path; the tasks say what else may be wrong with their data.
+    `path` is the data: "bird" and "jsonl" need one, "mmlu" downloads its questions without. ValueError for an unknown
+    name or a missing path; the tasks say what else may be wrong with their data.
 
     >>> load_task("mini").domains("train")[:2]
     ['train000', 'train001']
     """
+    if ".py:" in name:
+        return own_task(name, path)
     if name == "mini":
         return Mini()
     if name == "shop":
@@ -538,7 +547,7 @@ def load_task(name: str, path: str | Path | None = None) -> Task:
     if name == "mmlu":
         return Questions(name, path)
     if name not in ("bird", "jsonl"):
-        advice = "choose mini, bird, mmlu, jsonl, or pass an object of your own to evolve()"
+        advice = "choose mini, shop, bird, mmlu, jsonl, or FILE.py:CLASS, a class of your own"
         raise ValueError(f"No task {name!r}; {advice}.")
     if path is None:
         remedy = BIRD_REMEDY if name == "bird" else "a JSONL file"
@@ -546,6 +555,33 @@ def load_task(name: str, path: str | Path | None = None) -> Task:
     if name == "bird":
         return Bird(path)
     return Questions(name, path)
+
+
+MEMBERS = ("name", "seed_instructions", "domains", "problems", "solve_chat", "grade", "edit_chat")  # of a Task
+
+
+def own_task(name: str, path: str | Path | None) -> Task:
+    """An object of the class that FILE.py:CLASS names, made with the path as its argument if there is one.
+
+    FileNotFoundError without the file; ValueError names the class or the members of `Task` that are missing.
+    """
+    place, _, class_name = name.rpartition(":")
+    file = Path(place).resolve()
+    if not file.exists():
+        raise FileNotFoundError(f"--task {name}: there is no file {file}.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as an import would, for the dataclasses in it
+    spec.loader.exec_module(module)
+    own = getattr(module, class_name, None)
+    if not isinstance(own, type):
+        classes = [word for word, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(f"--task {name}: no class {class_name!r} in {file}, only {', '.join(classes) or 'none'}.")
+    task = own() if path is None else own(path)
+    missing = [member for member in MEMBERS if not hasattr(task, member)]
+    if missing:
+        raise ValueError(f"--task {name}: {class_name} lacks {', '.join(missing)}; see Task in data.py.")
+    return task
 
 
 def edit_messages(
@@ -579,7 +615,10 @@ Then write the full new instructions: they
 replace the old ones and will be judged on other questions of the same domain. \
 Keep what works, add the rules and facts
 of this domain that these problems reveal, name likely mistakes, and do not merely repeat the questions above.
-Write them between <prompt> and </prompt>; only what stands between the tags counts."""
+Write them in tags, as in this example from another domain; only what stands in the tags counts:
+<prompt>
+Give every name in full and every date as day, month, year. Where a report says "net", it means after tax.
+</prompt>"""
     return [{"role": "user", "content": content}]
 
 
@@ -641,6 +680,13 @@ GRADERS = {  # what the answer tags must hold, as the prompt says it
     "number": "the number alone",  # a number within `tolerance` of the gold one
     "contains": "the answer",  # a text in which the gold one occurs, in any case
 }
+# The tags, filled: a small model copies what stands in a prompt's tags, so that must be an answer.
+FILLED = {
+    "choice": "<answer>C</answer>",
+    "exact": "<answer>Lake Geneva</answer>",
+    "number": "<answer>12</answer>",
+    "contains": "<answer>Lake Geneva</answer>",
+}
 
 
 class Questions:
@@ -695,30 +741,60 @@ class Questions:
 
 Question: {problem.question}{options}
 
-Think briefly, then end with {GRADERS[problem.grader]} in tags: <answer>...</answer>. \
-Only the tags are read."""
+Think briefly, then end with {GRADERS[problem.grader]} in tags, as in {FILLED[problem.grader]}."""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
-        """By the problem's own grader, on what stands in the last answer tags."""
+        """By the problem's own grader, on what stands in the last answer tags; without tags see `untagged_answer`."""
         answer = extract_tag(response, "answer")
+        if answer is not None:
+            return grade_answer(problem, answer)
+        answer = untagged_answer(problem, response)
         if answer is None:
             return Grade(False, "", "There is no closed pair of <answer> tags.", readable=False)
-        if problem.grader == "choice":
-            return grade_choice(problem, answer)
-        if problem.grader == "number":
-            return grade_number(problem, answer)
-        said = " ".join(answer.split())
-        gold = " ".join(problem.gold.split())
-        correct = said == gold
-        if problem.grader == "contains":
-            correct = gold.casefold() in said.casefold()
-        return Grade(correct, answer, readable=said != "")
+        return replace(grade_answer(problem, answer), lenient=True)
 
     def edit_chat(self, instructions: str, summary: Summary) -> Chat:
         """See `edit_messages`."""
         role = "a model that answers questions, by a letter if it has options"
         return edit_messages(role, instructions, summary)
+
+
+def grade_answer(problem: Problem, answer: str) -> Grade:
+    """The verdict on an answer, by the problem's grader."""
+    if problem.grader == "choice":
+        return grade_choice(problem, answer)
+    if problem.grader == "number":
+        return grade_number(problem, answer)
+    said = " ".join(answer.split())
+    gold = " ".join(problem.gold.split())
+    correct = said == gold
+    if problem.grader == "contains":
+        correct = gold.casefold() in said.casefold()
+    feedback = "" if correct else said_and_right(said, gold)
+    return Grade(correct, answer, feedback, readable=said != "")
+
+
+def untagged_answer(problem: Problem, response: str) -> str | None:
+    """What a response without closed tags says: its first line, of a choice the letter that this begins with.
+
+    None where that is no answer; a line that begins with "<" is an open tag or a reasoning model's thinking.
+
+    >>> choice = Problem("1", "Which?", "B", choices=("x", "y"))
+    >>> [untagged_answer(choice, text) for text in ("B. Functional", "(b) y", "B", "A cat", "E. z", "<answer>B")]
+    ['B', 'b', 'B', None, None, None]
+    """
+    line = first_line(response)
+    if not line or line.startswith("<"):
+        return None
+    if problem.grader != "choice":
+        return line
+    if read_letter(line, len(problem.choices)):
+        return line
+    found = re.match(r"[(\[*]*([A-Za-z])[.):\]*]", line)
+    if not found or not gold_letter(found[1], len(problem.choices)):
+        return None
+    return found[1]
 
 
 def grade_choice(problem: Problem, answer: str) -> Grade:
@@ -741,7 +817,9 @@ def grade_number(problem: Problem, answer: str) -> Grade:
         return Grade(False, answer, "The tags must hold one number, no other digit.", readable=False)
     gold = read_number(problem.gold)
     slack = problem.tolerance + 1e-9 * abs(gold)  # the last digits of floats: 0.1 + 0.2 is not quite 0.3
-    return Grade(abs(value - gold) <= slack, answer)
+    if abs(value - gold) <= slack:
+        return Grade(True, answer)
+    return Grade(False, answer, said_and_right(answer, problem.gold))
 
 
 def read_letter(text: str, n: int) -> str | None:
@@ -1032,7 +1110,9 @@ class Bird:
 {problem.evidence}
 {problem.question}
 
-Think first if it helps. Then write the query, and nothing but the query, between <answer> and </answer>."""
+Think first if it helps. Then write the query, and nothing but the query, in tags, as in this example \
+for another database:
+<answer>SELECT COUNT(*) FROM ships WHERE harbour = 'Oslo'</answer>"""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
@@ -1041,11 +1121,17 @@ Think first if it helps. Then write the query, and nothing but the query, betwee
 
     def grade_many(self, pairs: Sequence[tuple[Problem, str]], progress: str = "") -> list[Grade]:
         """`grade` of every (problem, response), side by side; identical queries to a problem run once."""
-        jobs = []
+        jobs, lenient = [], []
         for problem, response in pairs:
-            predicted = extract_sql(response) or ""
-            jobs.append((str(self.files[problem.domain]), predicted, problem.gold))
-        return match_many(jobs, self.timeout, progress)
+            predicted = extract_sql(response)
+            lenient.append(predicted is None)
+            if predicted is None:
+                predicted = untagged_sql(response)
+            jobs.append((str(self.files[problem.domain]), predicted or "", problem.gold))
+        grades = []
+        for grade, loosely in zip(match_many(jobs, self.timeout, progress), lenient):
+            grades.append(replace(grade, lenient=loosely and grade.readable))
+        return grades
 
     def edit_chat(self, instructions: str, summary: Summary) -> Chat:
         """See `edit_messages`."""
@@ -1076,7 +1162,28 @@ def extract_sql(response: str) -> str | None:
         sql = blocks[-1]
     if sql is None:
         return None
-    return sql.removeprefix("```").removesuffix("```").strip()
+    return without_sql_line(sql.removeprefix("```").removesuffix("```").strip())
+
+
+def untagged_sql(response: str) -> str | None:
+    """The query of a response that `extract_sql` finds none in: its last bare fence, or all of it below a line "sql".
+
+    >>> untagged_sql("So:\\n```\\nSELECT 1\\n```"), untagged_sql("sql\\nSELECT 2"), untagged_sql("SELECT 3")
+    ('SELECT 1', 'SELECT 2', None)
+    """
+    blocks = re.findall(r"```\s*\n(.*?)```", response, re.DOTALL)
+    if blocks:
+        return without_sql_line(blocks[-1].strip())
+    sql = without_sql_line(response.strip())
+    return sql if sql != response.strip() else None
+
+
+def without_sql_line(sql: str) -> str:
+    """The query without a first line that only names the language."""
+    head, _, rest = sql.partition("\n")
+    if head.strip().lower() in ("sql", "sqlite"):
+        return rest.strip()
+    return sql
 
 
 def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: float = 30.0) -> Grade:
@@ -1158,7 +1265,7 @@ def sample_values(connection: sqlite3.Connection, table: str) -> list[str]:
 #     a crash of SQLite                         only the worker dies, and the next query gets a new one
 # The way of a query: execution_match -> ask_worker -> (pipe) -> sql_worker -> run_gold or run_predicted -> (pipe) back.
 
-NO_QUERY = "no query found, it belongs between <answer> and </answer>"
+NO_QUERY = "no query found, it belongs in <answer> tags"
 Reply = tuple[bool, str, bytes]  # of a worker: does it run and is it right; why not; the rows of a gold query
 IDLE: list[subprocess.Popen] = []  # the workers that wait for a query
 

@@ -257,10 +257,12 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
                 feedback=grade.feedback,
                 truncated=sample.truncated,
                 readable=grade.readable,
+                lenient=grade.lenient,
             )
         )
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
+        solver.usage.lenient += grade.lenient
     return answers
 
 
@@ -395,8 +397,9 @@ A model failed on problems under the instructions below. Say, in a few sentences
 led to these failures and what should change. Do not write new instructions yet.
 \n# Instructions\n{}\n\n# Failures\n{}"""
 REWRITE = """\
-Improve the instructions below with the help of the feedback. Write the full new instructions between
-<IMPROVED_VARIABLE> and </IMPROVED_VARIABLE>.\n\n# Instructions\n{}\n\n# Feedback\n{}"""
+Improve the instructions below with the help of the feedback. Write the full new instructions in tags, as in
+<IMPROVED_VARIABLE>Give every date as day, month, year.</IMPROVED_VARIABLE>.
+\n# Instructions\n{}\n\n# Feedback\n{}"""
 
 
 def propose_textgrad(task, editor, rounds: list[Round], s: Settings) -> None:
@@ -439,7 +442,8 @@ def accept_textgrad(task, solver, rounds: list[Round], s: Settings) -> None:
             r.edit.note = f"reverted: the holdout score fell {fall}"
 
 
-LESSON = "Do not rewrite them: write only the one lesson most worth adding, between <lesson> and </lesson>."
+LESSON = """Do not rewrite them: write only the one lesson most worth adding, in tags, as in
+<lesson>Give every date as day, month, year.</lesson>"""
 LESSONS = 10  # how many Reflexion remembers
 
 
@@ -504,6 +508,24 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # From the seed instructions to the last test
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, float] | None:
+    """Mean holdout scores of the seed instructions and of perfect ones: what edits can reach lies between them.
+
+    None where the task knows no perfect instructions.
+    """
+    perfect = getattr(task, "perfect_instructions", None)
+    if perfect is None:
+        return None
+    seed_draws(s.seed, 0, 2)
+    jobs = []
+    for domain in domains:
+        holdout = split_problems(task.problems(domain), s)["holdout"]
+        jobs.append((task.seed_instructions, holdout))
+        jobs.append((perfect(domain), holdout))
+    scores = [fmean(shares) for shares in score_all(task, solver, jobs, s)]
+    return fmean(scores[0::2]), fmean(scores[1::2])
 
 
 def seed_trees(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
@@ -694,8 +716,8 @@ def option(default, text: str):
 class Settings:
     """What training and test time share. A field left at None takes the task's preset below."""
 
-    task: str = option("mini", "mini, bird, mmlu or jsonl")
-    data: str = option("", "folder or file with the task's data (not for mini)")
+    task: str = option("mini", "mini, shop, bird, mmlu, jsonl, or FILE.py:CLASS of your own")
+    data: str = option("", "folder or file with the task's data (not for mini and shop)")
     # What is drawn, and how often. Problems of a domain: k + holdout + test of them at least.
     seed: int = option(0, "seed of the splits, the problem batches and all sampling")
     rounds: int | None = option(None, "T, rounds of evolution per tree")
@@ -953,7 +975,7 @@ def twin(model):
 def load_models(s: Config) -> tuple[Model, Model]:
     """Solver and editor. One checkpoint in both roles is loaded once. ValueError if a task needs one to be named."""
     solver_name, editor_name = s.solver, s.editor
-    trained = Path("runs", s.task, "editor")
+    trained = Path(run_folder(s.task), "editor")
     if not editor_name and trained.exists():
         editor_name = str(trained)
     if s.task == "mini":
@@ -1213,6 +1235,15 @@ def open_run(s: Settings, out: Path, free: list[str], look: bool = False) -> Non
     save_text(file, json.dumps(settings, indent=1))
 
 
+def run_folder(task: str) -> str:
+    """Where a task's run is by default; FILE.py:CLASS goes by the class.
+
+    >>> run_folder("mini"), run_folder("../my.py:Quiz")
+    ('runs/mini', 'runs/Quiz')
+    """
+    return f"runs/{task.rpartition(':')[2]}"
+
+
 def tree_name(domain: str) -> str:
     """A file name for a domain of any name, another one for another domain.
 
@@ -1261,7 +1292,7 @@ def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
     s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
     task = load_task(s.task, s.data or None)
-    out = Path(s.out or f"runs/{s.task}-evolve")
+    out = Path(s.out or f"{run_folder(s.task)}-evolve")
     domains = pick_domains(task, s.domains)
     splits = {domain: split_problems(task.problems(domain), s) for domain in domains}
     rule = search_rule(task, s.method, s.search)
@@ -1327,6 +1358,7 @@ def cost(usage: Usage) -> dict[str, int]:
         "failed": usage.failed,
         "cut": usage.cut,
         "unreadable": usage.unreadable,
+        "read leniently": usage.lenient,
         "tokens read": usage.tokens_read,
         "tokens written": usage.tokens_written,
     }
