@@ -451,7 +451,7 @@ class Shop:
         splits = ["holdout"] + ["test"] * 2 + ["pool"] * 3
         problems = []
         for i, split in enumerate(splits):
-            for kind, value in self.facts(domain).items():  # inside: the first six of a split ask for all facts
+            for kind, value in self.facts(domain).items():  # inside: any six in a row ask for all facts
                 identifier = f"{domain}/{kind}/{i}"
                 problems.append(Problem(identifier, shuffled[kind][i], value, domain, split))
         return problems
@@ -557,7 +557,8 @@ def load_task(name: str, path: str | Path | None = None) -> Task:
     return Questions(name, path)
 
 
-MEMBERS = ("name", "seed_instructions", "domains", "problems", "solve_chat", "grade", "edit_chat")  # of a Task
+# What a Task must have.
+MEMBERS = ("name", "seed_instructions", "domains", "problems", "solve_chat", "grade", "edit_chat")
 
 
 def own_task(name: str, path: str | Path | None) -> Task:
@@ -575,8 +576,8 @@ def own_task(name: str, path: str | Path | None) -> Task:
     spec.loader.exec_module(module)
     own = getattr(module, class_name, None)
     if not isinstance(own, type):
-        classes = [word for word, value in vars(module).items() if isinstance(value, type)]
-        raise ValueError(f"--task {name}: no class {class_name!r} in {file}, only {', '.join(classes) or 'none'}.")
+        found = [word for word, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(f"--task {name}: no class {class_name!r}, there is {', '.join(found) or 'none'}.")
     task = own() if path is None else own(path)
     missing = [member for member in MEMBERS if not hasattr(task, member)]
     if missing:
@@ -682,9 +683,9 @@ GRADERS = {  # what the answer tags must hold, as the prompt says it
 }
 # The tags, filled: a small model copies what stands in a prompt's tags, so that must be an answer.
 FILLED = {
-    "choice": "<answer>C</answer>",
+    "choice": "<answer>{}</answer>",  # the letter behind the last option's: to copy it wins nothing
     "exact": "<answer>Lake Geneva</answer>",
-    "number": "<answer>12</answer>",
+    "number": "<answer>-7.25</answer>",
     "contains": "<answer>Lake Geneva</answer>",
 }
 
@@ -735,13 +736,14 @@ class Questions:
     def solve_chat(self, instructions: str, problem: Problem) -> Chat:
         """One user message: its role, the editable instructions, the question, what the tags must hold."""
         options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))
+        example = FILLED[problem.grader].format(LETTERS[len(problem.choices) % 26])
         content = f"""You answer questions on {problem.domain.replace('_', ' ')}.
 
 {instructions}
 
 Question: {problem.question}{options}
 
-Think briefly, then end with {GRADERS[problem.grader]} in tags, as in {FILLED[problem.grader]}."""
+Think briefly, then end with {GRADERS[problem.grader]} in tags, as in {example}."""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
@@ -778,11 +780,12 @@ def grade_answer(problem: Problem, answer: str) -> Grade:
 def untagged_answer(problem: Problem, response: str) -> str | None:
     """What a response without closed tags says: its first line, of a choice the letter that this begins with.
 
-    None where that is no answer; a line that begins with "<" is an open tag or a reasoning model's thinking.
+    None where that is no answer: a line that begins with "<" is an open tag or a reasoning model's thinking, and lines
+    that begin with several letters are the list of the options.
 
     >>> choice = Problem("1", "Which?", "B", choices=("x", "y"))
-    >>> [untagged_answer(choice, text) for text in ("B. Functional", "(b) y", "B", "A cat", "E. z", "<answer>B")]
-    ['B', 'b', 'B', None, None, None]
+    >>> [untagged_answer(choice, text) for text in ("B. Functional", "(b) y", "B", "A cat", "E. z", "A. x\\nB. y")]
+    ['B', 'B', 'B', None, None, None]
     """
     line = first_line(response)
     if not line or line.startswith("<"):
@@ -790,11 +793,12 @@ def untagged_answer(problem: Problem, response: str) -> str | None:
     if problem.grader != "choice":
         return line
     if read_letter(line, len(problem.choices)):
-        return line
-    found = re.match(r"[(\[*]*([A-Za-z])[.):\]*]", line)
-    if not found or not gold_letter(found[1], len(problem.choices)):
+        return read_letter(line, len(problem.choices))
+    letters = re.findall(r"^\s*[(\[*]*([A-Za-z])[.):\]*]", response, re.MULTILINE)
+    said = {gold_letter(letter, len(problem.choices)) for letter in letters}
+    if len(said) != 1 or not re.match(r"[(\[*]*[A-Za-z][.):\]*]", line):
         return None
-    return found[1]
+    return said.pop()
 
 
 def grade_choice(problem: Problem, answer: str) -> Grade:
