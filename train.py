@@ -604,7 +604,7 @@ class Config(Settings):
         False, "recompute activations in the backward pass: for long prompts"
     )
     save_every: int = option(
-        0, "steps between checkpoints (of a 4B model 48 GB each); 0: they take under 5% of the time"
+        0, "steps between checkpoints (of a 4B model 48 GB each); 0: they take under a twentieth of the time"
     )
 
 
