@@ -618,10 +618,9 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     for label, model in (("untrained", twin(solver)), ("trained", editor)):
         contestants.append(Contestant(label, model, "lse", "chain"))
         contestants.append(Contestant(label, model, "lse", "best"))
+        # with UCB, or with the baseline's own rule
         for method in methods(task):
-            contestants.append(
-                Contestant(label, model, method, "ucb")
-            )  # or the baseline's own rule
+            contestants.append(Contestant(label, model, method, "ucb"))
     lines = [COLUMNS, "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)
     shown: dict[str, EvolutionTree] = {}
