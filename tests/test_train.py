@@ -292,9 +292,9 @@ def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
     s = evolve.with_presets(train.Config(group=3, steps=1))
     seen = {}
 
-    def capture(kind, after, before, valid):
+    def capture(kind, after, before, valid, invalid_reward):
         seen.update(after=after, before=before, valid=valid)
-        return ADVANTAGES(kind, after, before, valid)
+        return ADVANTAGES(kind, after, before, valid, invalid_reward)
 
     monkeypatch.setattr(train, "advantages", capture)
     monkeypatch.setattr(train, "group_logprobs", lambda model, groups: [
@@ -415,6 +415,8 @@ def no_calls(monkeypatch):
 def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeypatch, tmp_path, capsys):
     """Its plan is what the run then does, to the last answer, when every edit is valid."""
     monkeypatch.setattr(data.Mini, "read_edit", lambda self, text: text or "-")
+    # at most: where the seed instructions stay the best, the test asks once instead of twice
+    monkeypatch.setattr(EvolutionTree, "best", lambda tree: tree.scored()[-1])
     real, counts = LocalModel.sample, []
     monkeypatch.setattr(LocalModel, "sample", lambda *_, **__: pytest.fail("a model was called"))
     assert small(tmp_path / "run", dry_run=True) is None and not (tmp_path / "run").exists()
