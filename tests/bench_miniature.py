@@ -98,10 +98,13 @@ def carry_out(run: Run, base: Path) -> tuple[Outcome, list[dict]]:
             curve.append(point)
     dev = accuracy(task, solver, editor, s, task.domains("dev"))
     test = accuracy(task, solver, editor, s, task.domains("test"))
-    if not lines:
+    valid = 1.0
+    if lines:
+        valid = fmean(line["valid"] for line in lines[-10:])
+    else:
         curve.append({"step": 0, "test": round(accuracy(task, solver, editor, s, few), 4)})
-    valid = curve[-1].get("valid", 1.0)
-    return Outcome(round(dev, 4), round(test, 4), valid, round(time.process_time())), curve
+    seconds = round(time.process_time())
+    return Outcome(round(dev, 4), round(test, 4), round(valid, 4), seconds), curve
 
 
 def accuracy(task, solver, editor, s, domains: list[str]) -> float:

@@ -289,11 +289,11 @@ class Numbers(Columns):
 
 def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
     """The reward tells the state and the edit, so a transposed or sorted batch shows; invalid edits shift nothing."""
-    s = evolve.with_presets(train.Config(group=3, steps=1))
+    s = evolve.with_presets(train.Config(group=3, steps=1, invalid_reward=-0.25))
     seen = {}
 
     def capture(kind, after, before, valid, invalid_reward):
-        seen.update(after=after, before=before, valid=valid)
+        seen.update(after=after, before=before, valid=valid, invalid_reward=invalid_reward)
         return ADVANTAGES(kind, after, before, valid, invalid_reward)
 
     monkeypatch.setattr(train, "advantages", capture)
@@ -318,6 +318,16 @@ def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
             assert seen["after"][row, j].item() == pytest.approx(worth, nan_ok=True)
             assert rollouts[row].after[j] == pytest.approx(worth, nan_ok=True)
     assert line["valid"] == pytest.approx(9 / 12) and line["tokens"] == 24
+    # The penalty of an invalid edit is the setting's, in the advantages and in the log.
+    assert seen["invalid_reward"] == -0.25
+    deltas = [(2 * i + j) / 8 - i / 8 for i in order for j in range(3) if i + j != 3]
+    assert line["reward"] == pytest.approx((sum(deltas) - 3 * 0.25) / 12)
+
+
+def test_a_penalty_that_would_be_a_reward_is_refused():
+    assert evolve.with_presets(train.Config(invalid_reward=0.0)).invalid_reward == 0
+    with pytest.raises(ValueError, match="--invalid-reward cannot be 0.5"):
+        evolve.with_presets(train.Config(invalid_reward=0.5))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
