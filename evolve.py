@@ -635,10 +635,9 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     for label, model in (("untrained", twin(solver)), ("trained", editor)):
         contestants.append(Contestant(label, model, "lse", "chain"))
         contestants.append(Contestant(label, model, "lse", "best"))
+        # with UCB, or with the baseline's own rule
         for method in methods(task):
-            contestants.append(
-                Contestant(label, model, method, "ucb")
-            )  # or the baseline's own rule
+            contestants.append(Contestant(label, model, method, "ucb"))
     lines = [COLUMNS, "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)
     shown: dict[str, EvolutionTree] = {}
@@ -722,7 +721,7 @@ class Settings:
         0, "longest editor prompt: problems are left out to fit; 0: what the model reads"
     )
     max_batch_tokens: int = option(
-        65536, "tokens per batch of local generation, padding and new tokens included"
+        0, "rows x (prompt + new tokens) in one batch of local generation; 0: as many as fit in memory"
     )
     # How a script runs, and where.
     search: Literal["ucb", "chain", "best", "pareto"] = option(
@@ -883,7 +882,7 @@ TINY = 10_000_000
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
+def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
     """A checkpoint folder or hub name: a tiny model in float32 on the CPU, another in bf16 on a GPU if there is one.
 
     Of several processes each takes a GPU of its own. SystemExit says what cannot be loaded, and why.
@@ -1061,8 +1060,9 @@ def pace_text(solver, seconds: float, answers_left: int) -> str:
     tokens = solver.usage.tokens_written / seconds
     left = answers_left / done * seconds
     return (
-        f"Measured: {done:,} answers in {duration(seconds)}, {tokens:,.0f} tokens/s. At that rate the solver's "
-        f"other {answers_left:,} answers take {duration(left)} at most; edits and learning come on top."
+        f"Measured: {done:,} answers in {duration(seconds)}, {tokens:,.0f} tokens/s. At that rate "
+        f"the solver's other {answers_left:,} answers take {duration(left)} at most; "
+        "edits and learning come on top."
     )
 
 
