@@ -103,22 +103,27 @@ def evolve_all(
     method: str = "lse",
     on_round: Callable = lambda trees: None,
     progress: str = "",
+    stop: bool = True,
 ) -> dict[str, EvolutionTree]:
     """Grow the trees of all domains {domain: tree} to `s.rounds` rounds each (Algorithm 1), and return them.
 
     All trees grow in step, so that each model call is one large batch. A round adds one node to each tree: so an
-    interrupted run goes on where its trees stand. A baseline brings its own search rule. `on_round(trees)` is called
-    after each round; `progress` names the progress bar, "" shows none. ValueError: method or search does not exist.
+    interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is solved stops,
+    unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress bar, "" shows
+    none. ValueError: method or search does not exist.
     """
     rule = search_rule(task, method, search)
     propose, accept = METHODS[method].propose, METHODS[method].accept
     splits = {domain: split_problems(task.problems(domain), s) for domain in trees}
-    done = min((len(tree.nodes) - 1 for tree in trees.values()), default=0)
+    done = rounds_done(trees)
     for number in progress_bar(done, s.rounds, progress):
         seed_draws(s.seed, number)
+        growing = {d: tree for d, tree in trees.items() if not (stop and solved(tree))}
+        if not growing:
+            break
         # 1. Select a node n* of each tree, and draw k fresh problems for it.
         rounds = []
-        for domain, tree in trees.items():
+        for domain, tree in growing.items():
             parent = tree.select(rule, seed=s.seed)
             batch = draw_batch(splits[domain]["pool"], s, domain, number)
             rounds.append(Round(domain, tree, splits[domain]["holdout"], parent, batch))
@@ -137,6 +142,16 @@ def evolve_all(
             r.tree.add(r.parent, text, score, r.scores, r.summary, r.edit.note)
         on_round(trees)
     return trees
+
+
+def solved(tree: EvolutionTree) -> bool:
+    """Whether a node answers its whole holdout right, at every sample: then no edit can be better."""
+    return tree.best().score == 1
+
+
+def rounds_done(trees: dict[str, EvolutionTree]) -> int:
+    """The rounds behind trees that grow in step. One that was solved early has fewer."""
+    return max((tree.rounds for tree in trees.values()), default=0)
 
 
 def progress_bar(done: int, rounds: int, name: str) -> tqdm:
@@ -605,14 +620,16 @@ class Contestant:
     holdout: list[list[float]] = field(default_factory=list)  # of the best node
     test: list[list[float]] = field(default_factory=list)  # of the best node
     seed_test: list[list[float]] = field(default_factory=list)  # of the seed instructions
+    answers: int = 0  # of the solver, while the trees grew
 
 
 def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
     """{untrained, trained editor} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
-    The untrained editor is the solver itself. All rows see the same splits and batches. Table and report are saved
-    after each row, trees after each round, so that --resume repeats no edit (it counts the answers since then). The
-    report shows the first domain under the last seed.
+    The untrained editor is the solver itself. All rows see the same splits and batches, and all trees take all rounds,
+    also after they are solved: so the counts of answers compare like with like. (A solved tree's best node stays the
+    best, however long it grows.) Table and report are saved after each row, trees after each round, so that --resume
+    repeats no edit (it counts the answers since then). The report shows the first domain under the last seed.
     """
     contestants = []
     for label, model in (("untrained", twin(solver)), ("trained", editor)):
@@ -627,13 +644,11 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     title = f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}"
     for row in contestants:
         name = f"{row.label} | {row.method} ({search_rule(task, row.method, row.search)})"
-        answers = solver.usage.answers
         for seed in range(s.seed, s.seed + s.seeds):
             own = replace(s, seed=seed)
             trees = grow_and_test(task, domains, solver, row, own, out / "trees", name)
-        answers = (solver.usage.answers - answers) // s.seeds
         cells = [mean_cell(row.holdout), mean_cell(row.test), mean_cell(row.seed_test)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {answers:,} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {row.answers // s.seeds:,} |")
         print(lines[-1], flush=True)
         save_text(out / "compare.md", "\n".join(lines) + "\n")
         shown[name] = trees[domains[0]]
@@ -646,12 +661,14 @@ def grow_and_test(
 ) -> dict[str, EvolutionTree]:
     """The trees of one contestant under one seed; its scores are added to the row."""
     own_folder = folder / f"{row.label}-{row.method}-{row.search}-{s.seed}"
-    trees = restore_trees(own_folder, domains)
+    before = solver.usage.answers
+    trees = restore_trees(own_folder, domains, stop=False)
     if not trees:
         trees = seed_trees(task, domains, solver, s)
     save = partial(save_trees, own_folder)
     bar = f"{name}, seed {s.seed}"
-    evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar)
+    evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar, stop=False)
+    row.answers += solver.usage.answers - before  # the search's; the test asks all rows alike
     row.holdout.append([tree.best().score for tree in trees.values()])
     if s.test:
         tested = final_test(task, trees, solver, s).values()
@@ -787,6 +804,7 @@ PRESETS = {
 }
 # All other numbers may be 0.
 AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")
+AT_MOST_ZERO = ("invalid_reward",)
 
 
 def with_presets(settings: Settings, remote: bool = False) -> Any:
@@ -817,11 +835,20 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
     s = replace(settings, **filled)
 
     for name, value in asdict(s).items():
-        least = 1 if name in AT_LEAST_ONE else 0
-        too_small = isinstance(value, (int, float)) and value < least
-        if too_small or (name == "top_p" and not 0 < value <= 1):
+        if not is_possible(name, value):
             raise ValueError(f"--{name.replace('_', '-')} cannot be {value}.")
     return s
+
+
+def is_possible(name: str, value: object) -> bool:
+    """Whether any run could work with this value of a setting."""
+    if not isinstance(value, (int, float)):
+        return True
+    if name in AT_MOST_ZERO:
+        return value <= 0
+    if name == "top_p":
+        return 0 < value <= 1
+    return value >= (1 if name in AT_LEAST_ONE else 0)
 
 
 def solver_sampling(s: Settings) -> dict:
@@ -1177,10 +1204,13 @@ def save_trees(folder: Path, trees: dict[str, EvolutionTree]) -> None:
         tree.save(folder / f"{tree_name(domain)}.json")
 
 
-def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
+def restore_trees(
+    folder: Path, domains: list[str], stop: bool = True
+) -> dict[str, EvolutionTree]:
     """The saved trees of a killed run, {} unless all are there.
 
-    One that was killed while saving has left some trees a round ahead of the others: they are cut back.
+    One that was killed while saving has left some trees a round ahead of the others: they are cut back. Where solved
+    trees `stop`, one that was solved in an earlier round is behind the others for good.
     """
     trees = {}
     try:
@@ -1192,12 +1222,14 @@ def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
         raise ValueError(
             f"{folder} holds a file that is no tree ({error}): start over with --overwrite."
         ) from None
-    size = min(len(tree.nodes) for tree in trees.values())  # a round is a node more than the seed's
+    growing = [tree.rounds for tree in trees.values() if not (stop and solved(tree))]
+    rounds = min(growing, default=rounds_done(trees))
     for tree in trees.values():
+        size = rounds + 1  # a round is a node more than the seed's
         for node in tree.nodes[size:]:
             tree.nodes[node.parent].visits -= 1
         tree.nodes = tree.nodes[:size]
-        tree.rounds = size - 1
+        tree.rounds = min(tree.rounds, rounds)
     return trees
 
 
@@ -1219,7 +1251,7 @@ def main(s: Config) -> None:
     trees = {}
     if s.resume and not s.compare:
         trees = restore_trees(out / "trees", domains)
-    done = max((tree.rounds for tree in trees.values()), default=0)
+    done = rounds_done(trees)
     if done > s.rounds:
         raise ValueError(f"{out} is {done} rounds old: give --rounds as many or more.")
     open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
@@ -1258,6 +1290,8 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
     for domain in printed:
         print(f"\n{printable(domain)} (* leads to the best node)\n{tree_text(trees[domain])}")
         print(f"Best instructions:\n{printable(trees[domain].best().instructions) or '(empty)'}\n")
+    for line in outcome_lines(trees, s):
+        print(line)
     over = "domains" if len(trees) > 1 else "problems"
     print(gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over))
     if s.test:
@@ -1267,6 +1301,24 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
         counts = ", ".join(f"{count:,} {name}" for name, count in counted.items())
         print(f"Cost of the {role}{since}: {counts}")
     print(f"Saved in {out}: trees/, results.json, report.html.")
+
+
+def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
+    """What a user should know of the ends of the trees: which kept the seed instructions, and which stopped early."""
+    kept = [printable(domain) for domain, tree in trees.items() if tree.best().id == 0]
+    stopped = [printable(d) for d, tree in trees.items() if solved(tree) and tree.rounds < s.rounds]
+    lines = []
+    if kept:
+        lines.append(
+            f"Nothing beat the seed instructions in {len(kept)} of {len(trees)} domains, and there "
+            f"you get the seed instructions: {shorten(', '.join(kept), 500)}."
+        )
+    if stopped:
+        lines.append(
+            f"{len(stopped)} of {len(trees)} trees stopped before round {s.rounds}: a node answers its "
+            "whole holdout right at every sample, and nothing can beat it."
+        )
+    return lines
 
 
 def cost(usage: Usage) -> dict[str, int]:
@@ -1429,6 +1481,10 @@ def write_report(path: Path, runs: dict[str, EvolutionTree], title: str = "Evolu
         headline += f"{rejected} of {len(tree.nodes) - 1} edits rejected"
         legend += f'<br/><b class="c{k % 5}">━●━</b> <a href="#t{k}">{headline}</a>'
         body += f'<h2 id="t{k}">{headline}</h2><figure>{tree_svg(tree, f"t{k}")}</figure>'
+        if best.id == 0:
+            body += "<p>Nothing beat the seed instructions: they are the best.</p>"
+        if solved(tree):
+            body += "<p>The best node answers its whole holdout right, at every sample.</p>"
         body += f"<h3>Best instructions (#{best.id})</h3><pre>{esc(best.instructions)}</pre>"
         body += "<h3>All nodes</h3>"
         for node in tree.nodes:

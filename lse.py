@@ -173,7 +173,11 @@ class Node:
 
 
 class EvolutionTree:
-    """All versions of the instructions, and which one to edit next. Ties go to the newest node, in every rule."""
+    """All versions of the instructions, and which one to edit next.
+
+    Among equals the oldest wins, in `best` and in every rule but "chain", which is the newest by its name: an edit must
+    be strictly better to take the place of what it edited, and where no edit was, the seed instructions are the best.
+    """
 
     def __init__(
         self, instructions: str, score: float | None, scores=None, c: float = 2.0, summary=None
@@ -187,7 +191,7 @@ class EvolutionTree:
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
         if rule == "ucb":
-            chosen = max(self.scored(), key=lambda node: (self.upper_bound(node), node.id))
+            chosen = max(self.scored(), key=self.upper_bound)  # of equals, max takes the first
         elif rule == "chain":
             chosen = self.scored()[-1]
         elif rule == "best":
@@ -212,8 +216,8 @@ class EvolutionTree:
         return node.score + self.c * math.sqrt(log_n / max(1, node.visits))
 
     def best(self) -> Node:
-        """argmax R̄ over the tree."""
-        return max(self.scored(), key=lambda node: (node.score, node.id))
+        """argmax R̄ over the tree, of equals the oldest."""
+        return max(self.scored(), key=lambda node: node.score)
 
     def scored(self) -> list[Node]:
         """The nodes that may be selected or returned, oldest first."""

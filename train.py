@@ -42,7 +42,14 @@ import data
 import evolve
 from data import Answer, Problem
 from evolve import Edit, Settings, option
-from lse import MasterAdamW, advantages, delta_reward, group_logprobs, policy_loss
+from lse import (
+    INVALID_REWARD,
+    MasterAdamW,
+    advantages,
+    delta_reward,
+    group_logprobs,
+    policy_loss,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
@@ -137,7 +144,8 @@ def train_step(
     scored = time.time()
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
     after = torch.tensor([each.after for each in everyone])  # (N, G)
-    weights = advantages(s.advantage, after, before, ~after.isnan())  # (N, G)
+    valid = ~after.isnan()
+    weights = advantages(s.advantage, after, before, valid, s.invalid_reward)  # (N, G)
     my_weights = weights.chunk(processes)[rank]  # (N / processes, G)
 
     # 6. Loss and step. What was sampled is scored again, differentiably, a few groups at a time: their gradients add up
@@ -162,7 +170,7 @@ def train_step(
     line["entropy"] = sum(gather_object([surprise])) / n_tokens  # E[−log p] = H, in nats per token
     line["seconds"] = {"sample": sampled - started, "score": scored - sampled}
     line["seconds"]["learn"] = time.time() - scored
-    return line | edit_figures(everyone, before, after), rollouts
+    return line | edit_figures(everyone, before, after, s.invalid_reward), rollouts
 
 
 def draw_rollouts(task, pool: list[StartState], s: Config, step: int) -> list[Rollout]:
@@ -203,14 +211,16 @@ def micro_batches(rollouts: list[Rollout], weights: Tensor, size: int):
         yield [groups[i] for i in chosen], weights[chosen]
 
 
-def edit_figures(rollouts: list[Rollout], before: Tensor, after: Tensor) -> dict:
+def edit_figures(
+    rollouts: list[Rollout], before: Tensor, after: Tensor, invalid_reward: float
+) -> dict:
     """What the log says of the edits of a step; `before` is (N,), `after` (N, G) with NaN for an edit not valid."""
     valid = ~after.isnan()
     old = before[:, None]
-    score = torch.where(valid, after, -1.0)
+    score = torch.where(valid, after, invalid_reward)
     edits = [edit for rollout in rollouts for edit in rollout.edits]
     return {
-        "reward": float(delta_reward(after, old, valid).mean()),
+        "reward": float(delta_reward(after, old, valid, invalid_reward).mean()),
         # share of edits better than what they edited
         "better": float((after > old).float().mean()),
         "before": float(before.mean()),
@@ -496,6 +506,9 @@ class Config(Settings):
     advantage: Literal["delta", "grpo", "score", "line"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
+    # An edit that cannot be used needs a reward below that of a useless one, but no more: rewards are differences of
+    # scores, about 0.1 here, and beside a flat −1 for one edit in twenty the gradient hardly sees the others.
+    invalid_reward: float = option(INVALID_REWARD, "reward of an edit that cannot be used, 0 or less")
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")
     group: int | None = option(None, "G, edits sampled per start state")

@@ -290,12 +290,12 @@ class Numbers(Columns):
 
 def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
     """The reward tells the state and the edit, so a transposed or sorted batch shows; invalid edits shift nothing."""
-    s = evolve.with_presets(train.Config(group=3, steps=1))
+    s = evolve.with_presets(train.Config(group=3, steps=1, invalid_reward=-0.25))
     seen = {}
 
-    def capture(kind, after, before, valid):
-        seen.update(after=after, before=before, valid=valid)
-        return ADVANTAGES(kind, after, before, valid)
+    def capture(kind, after, before, valid, invalid_reward):
+        seen.update(after=after, before=before, valid=valid, invalid_reward=invalid_reward)
+        return ADVANTAGES(kind, after, before, valid, invalid_reward)
 
     monkeypatch.setattr(train, "advantages", capture)
     monkeypatch.setattr(train, "group_logprobs", lambda model, groups: [
@@ -319,6 +319,16 @@ def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
             assert seen["after"][row, j].item() == pytest.approx(worth, nan_ok=True)
             assert rollouts[row].after[j] == pytest.approx(worth, nan_ok=True)
     assert line["valid"] == pytest.approx(9 / 12) and line["tokens"] == 24
+    # The penalty of an invalid edit is the setting's, in the advantages and in the log.
+    assert seen["invalid_reward"] == -0.25
+    deltas = [(2 * i + j) / 8 - i / 8 for i in order for j in range(3) if i + j != 3]
+    assert line["reward"] == pytest.approx((sum(deltas) - 3 * 0.25) / 12)
+
+
+def test_a_penalty_that_would_be_a_reward_is_refused():
+    assert evolve.with_presets(train.Config(invalid_reward=0.0)).invalid_reward == 0
+    with pytest.raises(ValueError, match="--invalid-reward cannot be 0.5"):
+        evolve.with_presets(train.Config(invalid_reward=0.5))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
@@ -416,6 +426,8 @@ def no_calls(monkeypatch):
 def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeypatch, tmp_path, capsys):
     """Its plan is what the run then does, to the last answer, when every edit is valid."""
     monkeypatch.setattr(data.Mini, "read_edit", lambda self, text: text or "-")
+    # at most: where the seed instructions stay the best, the test asks once instead of twice
+    monkeypatch.setattr(EvolutionTree, "best", lambda tree: tree.scored()[-1])
     real, counts = LocalModel.sample, []
     monkeypatch.setattr(LocalModel, "sample", lambda *_, **__: pytest.fail("a model was called"))
     assert small(tmp_path / "run", dry_run=True) is None and not (tmp_path / "run").exists()
