@@ -439,7 +439,8 @@ class LocalModel:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
-        self.share = can_share(model)  # whether rows may share their prompts, below; it decides nothing but the speed
+        # Whether rows may share their prompts, below: it decides nothing but the speed.
+        self.share = can_share(model)
         self.usage = Usage()
         self.eos = end_ids(model, tokenizer)
         self.pad = tokenizer.pad_token_id
