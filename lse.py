@@ -786,19 +786,18 @@ class RowLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
-        rows, heads = keys.shape[:2]
         if self.used == 0:
-            self.rows = rows
-            self.keys = keys.new_empty(heads * rows, 0, keys.shape[3])  # (h x R, room, d)
-            self.values = values.new_empty(heads * rows, 0, values.shape[3])
+            self.rows = len(keys)
+            self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
+            self.values = values.new_empty(values.shape[1] * self.rows, 0, values.shape[3])
         room = self.keys.shape[1]
         if self.used == room:
             # For as much again: copied log2(T) times, and never much more than what is used.
             more = min(max(32, room), max(1, self.new - room))
             self.keys = F.pad(self.keys, (0, 0, 0, more))
             self.values = F.pad(self.values, (0, 0, 0, more))
-        self.keys.unflatten(0, (heads, rows))[:, :, self.used] = keys[:, :, 0].transpose(0, 1)
-        self.values.unflatten(0, (heads, rows))[:, :, self.used] = values[:, :, 0].transpose(0, 1)
+        self.keys[:, self.used] = keys.transpose(0, 1).flatten(0, 2)
+        self.values[:, self.used] = values.transpose(0, 1).flatten(0, 2)
         self.used += 1
         self.ignored = True
         return handed_out(self, keys, values)
@@ -812,19 +811,22 @@ class RowLayer(DynamicLayer):
         levels = [*self.above, (self.keys[:, : self.used], self.values[:, : self.used])]
         scores = []
         for keys, _ in levels:
-            score = query.view(len(keys), -1, size) @ keys.transpose(1, 2)
-            scores.append(score.flatten(0, 1))  # (h x R x group, length)
+            score = torch.bmm(query.view(len(keys), -1, size), keys.mT)
+            scores.append(score.view(len(query), -1))  # (h x R x group, length)
         if self.hidden is not None:
             prompts, _, length = self.hidden.shape
             by_prompt = scores[-2].view(-1, prompts, self.rows // prompts * group, length)
             by_prompt.masked_fill_(self.hidden, -torch.inf)  # (h, D, n x group, P1)
         weights = torch.cat(scores, 1).softmax(1)  # (h x R x group, P0 + P1 + T)
         lengths = [score.shape[1] for score in scores]
-        out = torch.zeros_like(query[:, :1])
+        out = None
         for (_, values), weight in zip(levels, weights.split(lengths, 1)):
-            part = weight.view(len(values), -1, weight.shape[1]) @ values
-            out = out + part.flatten(0, 1)  # (h x R x group, d)
-        out = out.view(-1, self.rows, group, out.shape[1]).transpose(0, 1)
+            weight = weight.view(len(values), -1, values.shape[1])
+            if out is None:
+                out = torch.bmm(weight, values)
+            else:
+                out = torch.baddbmm(out.view(len(values), -1, values.shape[2]), weight, values)
+        out = out.view(-1, self.rows, group, values.shape[2]).transpose(0, 1)
         return out.reshape(self.rows, heads, 1, -1)
 
 
