@@ -1034,8 +1034,9 @@ def pace_text(solver, seconds: float, answers_left: int) -> str:
     tokens = solver.usage.tokens_written / seconds
     left = answers_left / done * seconds
     return (
-        f"Measured: {done:,} answers in {duration(seconds)}, {tokens:,.0f} tokens/s. At that rate the solver's "
-        f"other {answers_left:,} answers take {duration(left)} at most; edits and learning come on top."
+        f"Measured: {done:,} answers in {duration(seconds)}, {tokens:,.0f} tokens/s. At that rate "
+        f"the solver's other {answers_left:,} answers take {duration(left)} at most; "
+        "edits and learning come on top."
     )
 
 

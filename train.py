@@ -455,9 +455,11 @@ def worth_of_edits(trees: dict) -> str:
             if node.score is not None:
                 valid += 1
                 better += node.score > tree.nodes[node.parent].score
-    text = f"Of the trained editor's {edits} edits, {valid} are valid and {better} better than what they edited."
+    text = f"Of the trained editor's {edits} edits, {valid} are valid and {better} better "
+    text += "than what they edited."
     if not better:
-        text += "\nSo its edits are invalid or worth nothing: nothing here shows that it can evolve instructions."
+        text += "\nSo its edits are invalid or worth nothing: "
+        text += "nothing here shows that it can evolve instructions."
     return text
 
 
