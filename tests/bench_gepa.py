@@ -103,7 +103,8 @@ def main(a: argparse.Namespace) -> None:
     with serve(reply) as own:
         for name, loop in product(models, (gepa_package, our_gepa, our_ucb)):
             editor = RemoteModel(a.server or own.url, name, extra=extra) if loop is gepa_package else models[name]
-            answers, edits, test, budget = solver.usage.answers, editor.usage.answers, [], s.holdout + s.rounds * (s.k + s.holdout)
+            answers, edits, test = solver.usage.answers, editor.usage.answers, []
+            budget = s.holdout + s.rounds * (s.k + s.holdout)
             for seeded in (replace(s, seed=seed) for seed in range(a.seeds)):
                 chosen = loop(task, domains, solver, editor, seeded, budget)
                 test += [(text, evolve.split_problems(task.problems(d), seeded)["test"]) for d, text in chosen.items()]
@@ -115,6 +116,7 @@ def main(a: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in dict(base="runs/mini/base", editor="runs/mini/editor", server="", domains=16, seeds=3).items():
+    models = {name: str(evolve.MINIATURE / name) for name in ("base", "editor")}
+    for flag, default in (models | dict(server="", domains=16, seeds=3)).items():
         parser.add_argument(f"--{flag}", type=type(default), default=default)
     main(parser.parse_args())
