@@ -1161,14 +1161,22 @@ class MasterAdamW:
     def __init__(
         self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)
     ) -> None:
-        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`."""
+        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`.
+
+        The model stays on its device, one GPU or the CPU. `host_bytes(model)` says what this takes there.
+        """
         self.max_norm = max_norm
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.masters: list[Tensor] = []
         self.copied: list[tuple[Tensor, Tensor]] = []  # (parameter in 16 bits, its master)
+        short = [p for p in self.params if p.dtype.itemsize < 4]
+        self.stream = torch.cuda.Stream(short[0].device) if short and short[0].is_cuda else None
+        largest = max((p.numel() for p in short), default=0)
+        self.passages = [Passage(largest, self.stream), Passage(largest, self.stream)]
         for param in self.params:
             if param.dtype.itemsize < 4:
-                master = param.detach().cpu().float()
+                self.passages[0].fetch(param.detach())
+                master = self.passages[0].arrived().clone()
                 self.copied.append((param, master))
             else:
                 master = param
@@ -1177,19 +1185,54 @@ class MasterAdamW:
             self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
         )
 
+    @staticmethod
+    def host_bytes(model) -> int:
+        """The host memory that an optimizer of this model takes from its first step on: 12 bytes per weight in 16 bits,
+        for master and moments, and two passages for the largest tensor. Weights in float32 on a CPU: 8 bytes each.
+        """
+        total = largest = 0
+        for param in model.parameters():
+            if param.requires_grad and param.dtype.itemsize < 4:
+                total += 12 * param.numel()
+                largest = max(largest, 4 * param.numel())
+            elif param.requires_grad and not param.is_cuda:
+                total += 8 * param.numel()
+        if largest:
+            largest = 2 ** math.ceil(math.log2(largest))  # torch rounds pinned memory up to a power of two
+        return total + 2 * largest
+
     @torch.no_grad()
     def step(self) -> float:
         """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
         if math.isfinite(norm):
-            for param, master in self.copied:
-                master.grad = None if param.grad is None else param.grad.cpu().float()
-            self.adamw.step()
-            for param, master in self.copied:
-                param.copy_(master)
-        for tensor in [*self.params, *self.masters]:
-            tensor.grad = None
+            self.adamw.step()  # steps what has a gradient: those that are their own masters
+            for master in self.masters:
+                master.grad = None
+            self.step_masters()
+        for param in self.params:
+            param.grad = None
         return norm
+
+    def step_masters(self) -> None:
+        """One master after the other: its gradient comes, it steps, its parameter becomes equal to it.
+
+        While the CPU makes one step, the next gradient is on its way from the GPU, and the last weights on theirs back.
+        """
+        moving = [(param, master) for param, master in self.copied if param.grad is not None]
+        for i, (param, master) in enumerate(moving):
+            passage = self.passages[i % 2]
+            if i == 0:
+                passage.fetch(param.grad)
+            if i + 1 < len(moving):
+                following = moving[i + 1][0]
+                self.passages[(i + 1) % 2].fetch(following.grad)
+            master.grad = passage.arrived()
+            self.adamw.step()
+            master.grad = None
+            passage.send(master, param)
+        if self.stream is not None:
+            self.stream.synchronize()  # until the last weights are there
 
     def state_dict(self) -> dict:
         """The moments and the masters, from which the model's own weights follow."""
@@ -1204,6 +1247,41 @@ class MasterAdamW:
         for param, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             param.copy_(master)
+
+
+class Passage:
+    """Host memory, in float32, that one tensor at a time passes through on its way from a GPU or back to it.
+
+    It is pinned, so copies run beside the CPU's work, on a stream of their own, in the order in which they were begun:
+    once a gradient has arrived, the weights sent before it have left. On a CPU (no stream) they are plain copies.
+    """
+
+    def __init__(self, numel: int, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+        self.room = torch.empty(numel, dtype=torch.float32, pin_memory=stream is not None)
+        self.event = None if stream is None else torch.cuda.Event()
+
+    def fetch(self, tensor: Tensor) -> None:
+        """Begin to copy a tensor to here. A copy that does not block is converted by the GPU."""
+        self.held = self.room[: tensor.numel()].view(tensor.shape)
+        if self.stream is not None:  # the GPU's other work comes first: the tensor may be its result
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):  # None: as if it were not there
+            self.held.copy_(tensor, non_blocking=True)
+        if self.event is not None:
+            self.event.record(self.stream)
+
+    def arrived(self) -> Tensor:
+        """What was fetched, as soon as it is there; of use until the next `fetch` or `send`."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.held
+
+    def send(self, master: Tensor, param: Tensor) -> None:
+        """Begin to copy a master to its parameter."""
+        self.held.copy_(master)
+        with torch.cuda.stream(self.stream):
+            param.copy_(self.held, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

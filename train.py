@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import psutil  # comes with accelerate
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
@@ -553,9 +554,37 @@ def plan(
     weights = sum(parameter.numel() for parameter in editor.model.parameters())
     size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
     problems = [problem for domain in train + test for problem in task.problems(domain)]
-    return "Plan\n  " + evolve.plan_lines(
-        task, (solver, editor), (answers, edits), problems, s, out, size
-    )
+    models = (solver, editor)
+    lines = evolve.plan_lines(task, models, (answers, edits), problems, s, out, size)
+    return f"Plan\n  {lines}\n  {memory_line(editor.model, s.resume)}"
+
+
+def memory_line(model, resume: bool) -> str:
+    """What the optimizer takes of this machine's own memory. ValueError if that is not there."""
+    size = MasterAdamW.host_bytes(model)
+    if resume:  # for a moment, the masters are there twice
+        size += sum(4 * p.numel() for p in model.parameters() if p.dtype.itemsize < 4)
+    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's word for the processes on this machine
+    free = memory_free()
+    if free < size:
+        raise ValueError(
+            f"The optimizer takes up to {size / 1e6:,.0f} MB of this machine's memory, besides the GPU's, "
+            f"and {free / 1e6:,.0f} MB are left: choose a smaller --model or a machine with more."
+        )
+    return f"host memory: up to {size / 1e6:,.1f} MB for the optimizer, of {free / 1e6:,.0f} MB that are left"
+
+
+def memory_free() -> int:
+    """Bytes of memory that this machine has left, or the container that this runs in."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        # not memory.current, which counts what was read from files, and is given up when needed
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - int(used["anon"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit: "max"
+        return free
 
 
 def count_calls(s: Config, train: int, test: int) -> tuple[int, int]:
