@@ -701,7 +701,7 @@ class Settings:
         0, "longest editor prompt: problems are left out to fit; 0: what the model reads"
     )
     max_batch_tokens: int = option(
-        65536, "tokens per batch of local generation, padding and new tokens included"
+        0, "rows x (prompt + new tokens) in one batch of local generation; 0: as many as fit in memory"
     )
     # How a script runs, and where.
     search: Literal["ucb", "chain", "best", "pareto"] = option(
@@ -887,7 +887,7 @@ ATTENTION = {
 }  # layers whose cache prompts can share
 
 
-def load_model(name: str | Path, max_batch_tokens: int = 65536) -> LocalModel:
+def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
     """A checkpoint folder or hub name: a tiny model in float32 on the CPU, another in bf16 on a GPU if there is one.
 
     Of several processes each takes a GPU of its own. SystemExit says what cannot be loaded, and why.

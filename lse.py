@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -44,12 +45,16 @@ import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
     DynamicCache,
     DynamicLayer,
     GenerationConfig,
+    LogitsProcessor,
+    TopPLogitsWarper,
 )
 
 Chat = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
@@ -421,8 +426,8 @@ class Usage:
 class LocalModel:
     """A causal language model and its tokenizer. `sample` never changes the weights or the train/eval mode."""
 
-    def __init__(self, model, tokenizer, max_batch_tokens: int = 65536) -> None:
-        """`max_batch_tokens` bounds rows x (longest prompt + max_new_tokens), which is what fills the memory."""
+    def __init__(self, model, tokenizer, max_batch_tokens: int = 0) -> None:
+        """`max_batch_tokens` bounds rows x (longest prompt + max_new_tokens); 0: as many rows as the memory holds."""
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
                 "The tokenizer has no chat template: set its chat_template or use an instruct model."
@@ -430,6 +435,7 @@ class LocalModel:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
+        self.share = can_share(model)  # whether rows may share their prompts, below; it decides nothing but the speed
         self.usage = Usage()
         self.eos = end_ids(model, tokenizer)
         self.pad = tokenizer.pad_token_id
@@ -483,13 +489,13 @@ class LocalModel:
 
     def draw(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
         """The sampled ids of each row, batch by batch. A batch that does not fit in memory is halved."""
-        pending = self.batches(rows, options["max_new_tokens"])
+        pending = batches(self.model, rows, options["max_new_tokens"], self.share, self.max_batch_tokens)
         out: list[Tensor] = []
         while pending:
             batch = pending.pop(0)
             samples: list[Tensor] = []
             try:
-                samples = shared_sample(self.model, batch, self.eos, self.pad, **options)
+                samples = self.draw_batch(batch, options)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:  # cannot be halved
                     raise
@@ -501,17 +507,14 @@ class LocalModel:
             out += samples
         return out
 
-    def batches(self, rows: list[tuple[int, ...]], new: int) -> list[list[tuple[int, ...]]]:
-        """The rows in their order, in batches of at most `max_batch_tokens` tokens, padding and new ones included."""
-        out: list[list[tuple[int, ...]]] = []
-        longest = 0
-        for row in rows:
-            longest = max(longest, len(row))
-            if not out or (len(out[-1]) + 1) * (longest + new) > self.max_batch_tokens:
-                out.append([])
-                longest = len(row)
-            out[-1].append(row)
-        return out
+    def draw_batch(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+        if self.share:
+            try:
+                return shared_sample(self.model, rows, self.eos, self.pad, **options)
+            except NotImplementedError as error:
+                self.share = False
+                warnings.warn(f"{error} So each row is computed by itself, which is slower.", stacklevel=2)
+        return plain_sample(self.model, rows, self.eos, self.pad, **options)
 
     def encode(self, chat: Chat) -> list[int]:
         """Token ids of a chat up to where the answer begins.
@@ -581,78 +584,432 @@ def control_pattern(tokenizer) -> re.Pattern:
 # From here on only efficiency. Sampling: what rows have in common is computed once
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Rows of a batch begin alike: all of them with the same schema and instructions, the rows of one prompt also with the
+# same question. So the keys and values of a layer lie at three levels, each computed once and held once:
+#     common  (h, P0, d)        what all R rows begin with; h heads of keys, each for a group of query heads
+#     prompt  (h x D, P1, d)    what D prompts go on with, each for n rows
+#     own     (h x R, T, d)     what a row has sampled; R = D x n rows, grouped by prompt
+# Heads come first, so that the queries of one step lie in the order of every level.
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, with room for what will be sampled.
+Level = tuple[Tensor, Tensor]  # keys and values, (h x groups, length, d) each: the rows of a group share them
 
-    A DynamicLayer copies all it holds at every new token: behind a long prompt, half of the time to sample. This one
-    is copied once, from `layer`, whose row `owner[i]` becomes row i.
-    """
-
-    def __init__(self, layer: DynamicLayer, owner: Tensor, room: int) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.used = layer.keys.shape[2]
-        self.all_keys = F.pad(layer.keys[owner], (0, 0, 0, room))  # (rows, heads, L + room, d)
-        self.all_values = F.pad(layer.values[owner], (0, 0, 0, room))
-        self.show()
-
-    def show(self) -> None:
-        self.keys = self.all_keys[:, :, : self.used]
-        self.values = self.all_values[:, :, : self.used]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        start = self.used
-        self.used += key_states.shape[2]
-        self.all_keys[:, :, start : self.used] = key_states
-        self.all_values[:, :, start : self.used] = value_states
-        self.show()
-        return self.keys, self.values
+# Tokens read in one forward pass, those in common counted for every prompt. A CPU gains nothing by more.
+READ_AT_ONCE = {"cpu": 4096, "cuda": 65536}
+# What an attention function may be given and need not heed. Masks are the layers' business.
+HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "return_dict", "cache_position"}
+HARMLESS |= {"output_attentions", "output_hidden_states", "output_router_logits"}
 
 
 @torch.no_grad()
 def shared_sample(
     model, rows: Sequence[Sequence[int]], eos: list[int], pad: int, **options
 ) -> list[Tensor]:
-    """What `plain_sample` draws; the prefix of all rows is prefilled once, then the rest of every distinct prompt.
+    """What `plain_sample` draws, for rows that share prompts; equal rows must be neighbours.
 
-    `rows` must be sorted. Layout of a row: prefix, rest, padding, last prompt token. Padding that follows needs no mask
-    while prefilling; later the mask hides it, and positions count real tokens only (behind a sliding window, padding
-    counts as well). The last token is left to `generate`, which must start from one.
+    NotImplementedError if the model turns out to be one that cannot (see `can_share`).
     """
-    distinct = sorted(set(rows))
-    place = {prompt: i for i, prompt in enumerate(distinct)}
-    # (rows,) -> distinct prompt
-    owner = torch.tensor([place[row] for row in rows], device=model.device)
-    # in sorted rows, first and last decide
-    prefix = len(os.path.commonprefix([rows[0][:-1], rows[-1][:-1]]))
-    longest = max(map(len, distinct))
-    padded_ids = []
-    padded_mask = []
-    for prompt in distinct:
-        gap = longest - len(prompt)
-        padded_ids.append([*prompt[:-1], *[pad] * gap, prompt[-1]])
-        padded_mask.append([1] * (len(prompt) - 1) + [0] * gap + [1])
-    ids = torch.tensor(padded_ids, device=model.device)  # (distinct, L)
-    mask = torch.tensor(padded_mask, device=model.device)
-    with blank_generation(model, eos, pad):
-        cache = DynamicCache(config=model.config)
-        if prefix:
-            model(ids[:1, :prefix], past_key_values=cache, logits_to_keep=1)
-            cache.batch_repeat_interleave(len(distinct))
-        if prefix < longest - 1:
-            model(ids[:, prefix:-1], past_key_values=cache, logits_to_keep=1)
-        for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer and layer.is_initialized:
-                cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
-            else:  # a sliding window, say: it stays small by itself
-                layer.batch_select_indices(owner)
+    shape = arrange(rows)
+    last = torch.tensor([shape.prompts[i][-1:] for i in shape.owner])  # (D, 1)
+    mask = torch.ones(len(last), shape.prefix + shape.longest + 1, dtype=torch.long)  # (D, P0 + P1 + 1)
+    for row, i in zip(mask, shape.owner):
+        row[shape.prefix + len(shape.rests[i]) : -1] = 0  # padding, before the prompt's last token
+    with blank_generation(model, eos, pad), attention(model, "levels"):
+        cache = prefill(model, shape, mask, pad, options["max_new_tokens"])
+        # Only the last token of each prompt is new to the cache. The mask tells `generate` the positions.
         out = model.generate(
-            ids[owner], attention_mask=mask[owner], past_key_values=cache, **options
+            last.repeat_interleave(shape.n, 0).to(model.device),  # (R, 1)
+            attention_mask=mask.repeat_interleave(shape.n, 0).to(model.device),
+            past_key_values=cache,
+            **cheap_filters(options),
+        )  # (R, 1 + T)
+        check_attended(model, cache)
+    return [until_end(row, eos) for row in out[:, 1:].cpu()]
+
+
+@dataclass
+class Shape:
+    """What the rows of a batch have in common."""
+
+    prompts: list[list[int]]  # each once
+    rests: list[list[int]]  # of each prompt: what follows the prefix, but for its last token
+    prefix: int  # P0, tokens that all prompts begin with
+    longest: int  # P1, of the rests
+    owner: list[int]  # (D,) for every n rows the place of their prompt
+    n: int
+
+
+def arrange(rows: Sequence[Sequence[int]]) -> Shape:
+    """Each prompt has n rows, or where a batch has cut some off, a multiple of it: then it counts as several.
+
+    >>> shape = arrange([[5, 6, 1], [5, 6, 1], [5, 7, 8, 1], [5, 7, 8, 1]])
+    >>> shape.prefix, shape.rests, shape.owner, shape.n
+    (1, [[6], [7, 8]], [0, 1], 2)
+    """
+    prompts = []
+    counts = []
+    for prompt, same in groupby(rows):
+        prompts.append([int(token) for token in prompt])
+        counts.append(len(list(same)))
+    n = math.gcd(*counts)
+    owner = []
+    for i, count in enumerate(counts):
+        owner += [i] * (count // n)
+    # The last token is left to `generate`, which must start from one.
+    prefix = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+    rests = [prompt[prefix:-1] for prompt in prompts]
+    return Shape(prompts, rests, prefix, max(len(rest) for rest in rests), owner, n)
+
+
+def prefill(model, shape: Shape, mask: Tensor, pad: int, new: int) -> Cache:
+    """The two upper levels, computed. mask (D, P0 + P1 + 1): 0 where a prompt is padding."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    common: list[Level | None] = [None] * layers
+    if shape.prefix:
+        levels = read_texts(model, [shape.prompts[0][: shape.prefix]], common, pad)
+        common = [(keys[:, 0], values[:, 0]) for keys, values in levels]  # (h, P0, d) each
+    prompt: list[Level | None] = [None] * layers
+    if shape.longest:
+        for i, (keys, values) in enumerate(read_texts(model, shape.rests, common, pad)):
+            if len(shape.owner) > len(shape.prompts):
+                keys = keys[:, shape.owner]
+                values = values[:, shape.owner]
+            prompt[i] = (keys.flatten(0, 1), values.flatten(0, 1))  # (h x D, P1, d) each
+    length = shape.prefix + shape.longest
+    hidden = None
+    if not mask.all():
+        hidden = (mask[:, None, shape.prefix : -1] == 0).to(model.device)  # (D, 1, P1)
+    return Cache(layers=[RowLayer(*above, hidden, length, new) for above in zip(common, prompt)])
+
+
+def read_texts(
+    model, texts: Sequence[Sequence[int]], common: Sequence[Level | None], pad: int
+) -> list[Level]:
+    """Of each layer the keys and values of some texts behind a common beginning, (h, texts, P1, d).
+
+    Texts of about one length are read together, padded on the right, and long ones alone. Beyond a text's end stands
+    what nobody may look at, but it is finite.
+    """
+    longest = max(len(text) for text in texts)
+    behind = 0 if common[0] is None else common[0][0].shape[1]
+    most = READ_AT_ONCE["cpu" if model.device.type == "cpu" else "cuda"]
+    waiting = [i for i, text in enumerate(texts) if len(text)]
+    waiting.sort(key=lambda i: len(texts[i]))
+    levels: list[Level] = []
+    while waiting:
+        width = len(texts[waiting[-1]])
+        few = max(1, most // (behind + width))
+        waiting, some = waiting[:-few], waiting[-few:]
+        ids = right_pad([torch.tensor(texts[i]) for i in some], pad)
+        cache = Cache(layers=[PromptLayer(above) for above in common])
+        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        check_attended(model, cache)
+        for i, layer in enumerate(cache.layers):
+            keys, values = layer.read  # (some, h, width, d) each
+            if len(levels) == i:
+                all_keys = keys.new_zeros(keys.shape[1], len(texts), longest, keys.shape[3])
+                all_values = values.new_zeros(*all_keys.shape[:3], values.shape[3])
+                levels.append((all_keys, all_values))
+            levels[i][0][:, some, :width] = keys.transpose(0, 1)
+            levels[i][1][:, some, :width] = values.transpose(0, 1)
+    return levels
+
+
+class PromptLayer(DynamicLayer):
+    """The cache of one layer while some prompts are read behind what they have in common.
+
+    Causal attention never looks at padding on the right. So there is no mask, and long prompts need little memory.
+    """
+
+    def __init__(self, common: Level | None) -> None:
+        super().__init__()
+        self.common = common  # (h, P0, d) each
+        self.ignored = True  # until its keys are attended to
+
+    def get_seq_length(self) -> int:
+        return 0 if self.common is None else self.common[0].shape[1]
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
+        self.read = (keys, values)  # (B, h, P1, d) each
+        # Views: were they `read` itself, layer and keys would hold each other in memory.
+        return handed_out(self, keys[:], values[:])
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """(B, heads, P1, d) -> (B, heads, P1, d)"""
+        keys, values = self.read
+        mask = None
+        if self.common is not None:
+            # Each prompt gets the common keys beside its own, for this one layer and moment.
+            above = [x.expand(len(query), -1, -1, -1) for x in self.common]
+            keys = torch.cat([above[0], keys], 2)  # (B, h, P0 + P1, d)
+            values = torch.cat([above[1], values], 2)
+            mask = causal_lower_right(query.shape[2], keys.shape[2])  # to torch a word, not a matrix
+        return F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
         )
-    return [until_end(row, eos) for row in out[:, longest:].cpu()]
+
+
+class RowLayer(DynamicLayer):
+    """The cache of one layer while all rows are sampled, one token each per step."""
+
+    def __init__(
+        self,
+        common: Level | None,
+        prompt: Level | None,
+        hidden: Tensor | None,
+        length: int,
+        new: int,
+    ) -> None:
+        """hidden (D, 1, P1): True where a prompt is padding, None if none is. length: P0 + P1. new: tokens that a row
+        may get.
+        """
+        super().__init__()
+        self.above = [level for level in (common, prompt) if level is not None]
+        self.hidden = hidden
+        self.length = length
+        self.new = new
+        self.used = 0  # T, tokens that a row has by now
+        self.ignored = False
+
+    def get_seq_length(self) -> int:
+        return self.length + self.used
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
+        """One more token: keys and values (R, h, 1, d)."""
+        rows, heads = keys.shape[:2]
+        if self.used == 0:
+            self.rows = rows
+            self.keys = keys.new_empty(heads * rows, 0, keys.shape[3])  # (h x R, room, d)
+            self.values = values.new_empty(heads * rows, 0, values.shape[3])
+        room = self.keys.shape[1]
+        if self.used == room:
+            # For as much again: copied log2(T) times, and never much more than what is used.
+            more = min(max(32, room), max(1, self.new - room))
+            self.keys = F.pad(self.keys, (0, 0, 0, more))
+            self.values = F.pad(self.values, (0, 0, 0, more))
+        self.keys.unflatten(0, (heads, rows))[:, :, self.used] = keys[:, :, 0].transpose(0, 1)
+        self.values.unflatten(0, (heads, rows))[:, :, self.used] = values[:, :, 0].transpose(0, 1)
+        self.used += 1
+        self.ignored = True
+        return handed_out(self, keys, values)
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """(R, heads, 1, d) -> (R, heads, 1, d), one softmax over the three levels."""
+        heads, size = query.shape[1], query.shape[3]
+        group = heads * self.rows // len(self.keys)  # query heads of one key head
+        query = (query * scale).view(self.rows, -1, group, size)
+        query = query.transpose(0, 1).reshape(-1, size)  # (h x R x group, d)
+        levels = [*self.above, (self.keys[:, : self.used], self.values[:, : self.used])]
+        scores = []
+        for keys, _ in levels:
+            score = query.view(len(keys), -1, size) @ keys.transpose(1, 2)
+            scores.append(score.flatten(0, 1))  # (h x R x group, length)
+        if self.hidden is not None:
+            prompts, _, length = self.hidden.shape
+            by_prompt = scores[-2].view(-1, prompts, self.rows // prompts * group, length)
+            by_prompt.masked_fill_(self.hidden, -torch.inf)  # (h, D, n x group, P1)
+        weights = torch.cat(scores, 1).softmax(1)  # (h x R x group, P0 + P1 + T)
+        lengths = [score.shape[1] for score in scores]
+        out = torch.zeros_like(query[:, :1])
+        for (_, values), weight in zip(levels, weights.split(lengths, 1)):
+            part = weight.view(len(values), -1, weight.shape[1]) @ values
+            out = out + part.flatten(0, 1)  # (h x R x group, d)
+        out = out.view(-1, self.rows, group, out.shape[1]).transpose(0, 1)
+        return out.reshape(self.rows, heads, 1, -1)
+
+
+def handed_out(layer: DynamicLayer, keys: Tensor, values: Tensor) -> Level:
+    """Marked, so that the attention function finds the layer, and sees that they are as they came from it."""
+    keys.layer = layer
+    values.layer = layer
+    return keys, values
+
+
+def levels_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **kwargs
+):
+    """Attention, done by the layer of the cache that has handed out the keys.
+
+    Whatever would change the result and is not known here (sinks, a softcap, a window, a bias) is an error.
+    """
+    strange = [name for name in kwargs if name not in HARMLESS and kwargs[name] is not None]
+    layer = getattr(key, "layer", None)
+    if layer is None or getattr(value, "layer", None) is not layer:
+        strange.append("keys or values made anew")
+    if attention_mask is not None:
+        strange.append("a mask of its own")
+    if strange:
+        what = ", ".join(strange)
+        raise NotImplementedError(f"Attention with {what} cannot share prompts.")
+    layer.ignored = False
+    out = layer.attend(query, scaling or query.shape[3] ** -0.5)  # (B, heads, Q, d)
+    return out.transpose(1, 2), None  # (B, Q, heads, d)
+
+
+AttentionInterface.register("levels", levels_attention)  # and no mask function: no mask is built
+
+
+@contextmanager
+def attention(model, name: str) -> Iterator[None]:
+    """Inside, the model attends by this function; afterwards as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def check_attended(model, cache: Cache) -> None:
+    """An attention that ignores the function asked for has seen a part of the keys only, without a word."""
+    for layer in cache.layers:
+        if layer.ignored:
+            name = type(model).__name__
+            raise NotImplementedError(f"{name} attends in a way of its own and cannot share prompts.")
+
+
+def can_share(model) -> bool:
+    """Whether rows can share their prompts, as far as the model's class and config tell.
+
+    They cannot where a layer keeps a window or a state instead of all keys, or adds something of its own to the
+    attention. What is overlooked here raises NotImplementedError later.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder or not model._supports_attention_backend:
+        return False
+    for setting in ("attn_logit_softcapping", "alibi", "num_kv_shared_layers"):
+        if getattr(config, setting, None):
+            return False
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+class TopKTopP(LogitsProcessor):
+    """Temperature, then top-k, then top-p on what is left. Keeps the tokens that Hugging Face's three filters keep.
+
+    Theirs sorts the whole vocabulary at every step, 152k numbers per row, although all but k have been ruled out.
+    """
+
+    def __init__(self, temperature: float, top_k: int, top_p: float) -> None:
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = TopPLogitsWarper(top_p)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores / self.temperature  # (R, V)
+        best = scores.topk(min(self.top_k, scores.shape[1]))
+        least = best.values[:, -1:]
+        places = best.indices  # (R, k)
+        width = int((scores >= least).sum(1).max())
+        if width > places.shape[1]:  # tokens that tie with the least of the k are kept as well
+            places = scores.topk(width).indices
+        places = places.sort(1).values  # in the order of the vocabulary, which decides ties in top-p
+        left = scores.gather(1, places)  # (R, width)
+        left = self.top_p(input_ids, left.masked_fill(left < least, -torch.inf))
+        return torch.full_like(scores, -torch.inf).scatter(1, places, left)
+
+
+def cheap_filters(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for `generate`, with TopKTopP for its own filters where these would sort without need."""
+    if not options["do_sample"] or options["top_k"] == 0 or options["top_p"] == 1.0:
+        return options
+    filters = TopKTopP(options["temperature"], options["top_k"], options["top_p"])
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return {**options, **neutral, "logits_processor": [filters]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: how many rows at once
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOST_READ_TWICE = 32768  # tokens that may be computed for each prompt anew, to make one batch of two
+ROOM_ON_CPU = 2 * 10**9  # bytes: modest on any machine
+
+
+@dataclass
+class Crowd:
+    """A batch in figures."""
+
+    first: Sequence[int]  # its first prompt
+    prefix: int  # P0
+    longest: int  # tokens of its longest prompt
+    prompts: int
+    rows: int
+
+    def joined_by(self, prompt: Sequence[int], rows: int) -> Crowd:
+        """The batch with some rows of another prompt."""
+        prefix = len(os.path.commonprefix([self.first[: self.prefix], prompt[:-1]]))
+        longest = max(self.longest, len(prompt))
+        return Crowd(self.first, prefix, longest, self.prompts + 1, self.rows + rows)
+
+
+def batches(
+    model, rows: Sequence[Sequence[int]], new: int, share: bool, max_batch_tokens: int = 0
+) -> list[list[Sequence[int]]]:
+    """Sorted rows, in their order, in batches as large as fit; a prompt's rows together, if they fit at all.
+
+    A batch also ends where another prompt would cost too much: behind 50 prompts with the same schema, one with another
+    schema makes the schema each prompt's own. `max_batch_tokens` bounds rows x (longest prompt + new) in place of the
+    memory.
+    """
+    room = bytes_free(model)
+
+    def fits(crowd: Crowd) -> bool:
+        if max_batch_tokens:
+            return crowd.rows * (crowd.longest + new) <= max_batch_tokens
+        return bytes_needed(model, crowd, new, share) <= room
+
+    out: list[list[Sequence[int]]] = []
+    crowd = Crowd((), 0, 0, 0, 0)
+    for prompt, same in groupby(rows):
+        waiting = list(same)
+        larger = crowd.joined_by(prompt, len(waiting))
+        read_twice = (crowd.prefix - larger.prefix) * (crowd.prompts - 1)
+        if out and fits(larger) and read_twice <= MOST_READ_TWICE:
+            out[-1] += waiting
+            crowd = larger
+            continue
+        while waiting:
+            crowd = Crowd(prompt, len(prompt) - 1, len(prompt), 1, len(waiting))
+            while crowd.rows > 1 and not fits(crowd):
+                crowd.rows = (crowd.rows + 1) // 2
+            out.append(waiting[: crowd.rows])
+            waiting = waiting[crowd.rows :]
+    return out
+
+
+def bytes_needed(model, crowd: Crowd, new: int, share: bool) -> int:
+    """Memory for a batch whose rows get up to `new` tokens: keys and values, one layer's attention, the logits."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    item = model.dtype.itemsize
+    seen = crowd.rows * (crowd.longest + new)  # tokens that all rows attend to
+    held = seen
+    if share:
+        held = crowd.prefix + crowd.prompts * (crowd.longest - crowd.prefix) + crowd.rows * new
+    cache = 2 * config.num_hidden_layers * key_heads * size * item * held
+    attention = 3 * heads * item * seen  # scores, the same side by side, weights
+    masks = 6 * 8 * seen  # ids, mask and positions are int64 and copied at every step
+    logits = 6 * 4 * crowd.rows * config.vocab_size  # float32: as they come, filtered, as probabilities, ...
+    return cache + attention + masks + logits
+
+
+def bytes_free(model) -> int:
+    """What a batch may take: four fifths of what the card has left, with what torch keeps in reserve."""
+    if model.device.type != "cuda":
+        return ROOM_ON_CPU
+    free, _ = torch.cuda.mem_get_info(model.device)
+    kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return (free + kept) * 4 // 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
