@@ -11,6 +11,7 @@ A round of Algorithm 1: select a node of the tree, let the frozen solver answer 
 instructions, show the graded answers to the editor, score what it writes on the holdout, attach it to the tree. No
 weights change here.
 
+In the code: `task` is any object with the members of `data.Task`, and `s` are the settings (`Settings` below).
 Symbols of the paper: instructions are c, a summary (k graded answers) is S, a score is R̄(c) (eq. 4), the solver is π_θ
 and the editor f_ψ. T rounds grow a tree; UCB selects the node n with the largest R̄_n + C sqrt(ln N / v_n).
 
@@ -35,6 +36,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -87,7 +89,7 @@ class Round:
     # S, the solver's graded answers to them under the parent's instructions
     summary: list[Answer] = field(default_factory=list)
     edit: Edit | None = None
-    # of the edit on each holdout problem; None if it was rejected before that
+    # the share of right answers to each holdout problem under the edit; None if it was rejected before that
     scores: list[float] | None = None
 
 
@@ -101,7 +103,7 @@ def evolve_all(
     method: str = "lse",
     on_round: Callable = lambda trees: None,
     progress: str = "",
-) -> dict:
+) -> dict[str, EvolutionTree]:
     """Grow the trees of all domains {domain: tree} to `s.rounds` rounds each (Algorithm 1), and return them.
 
     All trees grow in step, so that each model call is one large batch. A round adds one node to each tree: so an
@@ -130,7 +132,7 @@ def evolve_all(
         accept(task, solver, rounds, s)
         # 5. Attach them to the tree. A rejected edit costs its round, and is recorded with the reason and no score.
         for r in rounds:
-            text = r.edit.text if r.edit.instructions is None else r.edit.instructions
+            text = r.edit.instructions or r.edit.text
             score = fmean(r.scores) if r.edit.valid else None
             r.tree.add(r.parent, text, score, r.scores, r.summary, r.edit.note)
         on_round(trees)
@@ -167,18 +169,14 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
     """
     domain = problems[0].domain if problems else "this domain"
     if problems and all(p.split for p in problems):
-        parts: dict[str, list[Problem]] = {"pool": [], "holdout": [], "test": []}
-        for p in problems:
-            parts[p.split].append(p)
-        if not parts["pool"] or not parts["holdout"] or (s.test and not parts["test"]):
+        pool = [p for p in problems if p.split == "pool"]
+        holdout = [p for p in problems if p.split == "holdout"]
+        test = [p for p in problems if p.split == "test"]
+        if not pool or not holdout or (s.test and not test):
             raise ValueError(
                 f"The problems of {domain} name their splits, and one of pool, holdout, test is empty."
             )
-        return {
-            "pool": parts["pool"],
-            "holdout": parts["holdout"][: s.holdout],
-            "test": parts["test"][: s.test],
-        }
+        return {"pool": pool, "holdout": holdout[: s.holdout], "test": test[: s.test]}
 
     distinct = distinct_problems(problems)
     # Batches are drawn with replacement, so a pool of one would do; but k different ones are what an editor should see.
@@ -189,12 +187,8 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
             "or other --domains."
         )
     shuffled = random.Random(f"{s.seed}/{domain}").sample(distinct, len(distinct))
-    end = s.holdout + s.test
-    return {
-        "pool": shuffled[end:],
-        "holdout": shuffled[: s.holdout],
-        "test": shuffled[s.holdout : end],
-    }
+    holdout, rest = shuffled[: s.holdout], shuffled[s.holdout :]
+    return {"pool": rest[s.test :], "holdout": holdout, "test": rest[: s.test]}
 
 
 def distinct_problems(problems: list[Problem]) -> list[Problem]:
@@ -235,7 +229,7 @@ def solve_all(task, solver, jobs: list[Job], samples: int = 1, **sampling) -> li
             pairs.append((problem, sample))
 
     answers = iter(grade_all(task, solver, pairs))
-    out = []
+    out = []  # the same answers, job by job
     for _, problems in jobs:
         out.append([next(answers) for _ in range(len(problems) * samples)])
     return out
@@ -252,15 +246,15 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
     for (p, sample), grade in zip(pairs, grades):
         answers.append(
             Answer(
-                p.id,
-                p.question,
-                sample.text,
-                grade.answer,
-                p.gold,
-                grade.correct,
-                grade.feedback,
-                sample.truncated,
-                grade.readable,
+                id=p.id,
+                question=p.question,
+                response=sample.text,
+                answer=grade.answer,
+                gold=p.gold,
+                correct=grade.correct,
+                feedback=grade.feedback,
+                truncated=sample.truncated,
+                readable=grade.readable,
             )
         )
         if not grade.readable and not sample.error:
@@ -322,34 +316,35 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
 
     An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none.
     """
-    rejected = partial(Edit, sample.text, None, sample=sample)
     if sample.error:
-        return rejected(f"no response: {sample.error}")
+        return Edit(sample.text, None, f"no response: {sample.error}", sample)
     own_reader = getattr(task, "read_edit", None)
     instructions = own_reader(sample.text) if own_reader else extract_tag(sample.text, tag)
+    note = ""
     if instructions is None and sample.truncated:
-        return rejected(f"cut off before </{tag}>")
-    if instructions is None:
-        return rejected(f"nothing usable in <{tag}> tags")
-    if len(instructions) < 10 and not own_reader:  # the official code's rule
-        return rejected(f"{len(instructions)} characters in <{tag}> tags, fewer than 10")
-    return Edit(sample.text, instructions, sample=sample)
+        note = f"cut off before </{tag}>"
+    elif instructions is None:
+        note = f"nothing usable in <{tag}> tags"
+    elif len(instructions) < 10 and not own_reader:  # the official code's rule
+        note = f"{len(instructions)} characters in <{tag}> tags, fewer than 10"
+        instructions = None
+    return Edit(sample.text, instructions, note, sample)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LSE and the baselines: how each proposes an edit, and which edits it accepts
 # ---------------------------------------------------------------------------------------------------------------------
 # propose(task, editor, rounds, s) writes the edit of every round, in one batch of the editor.
-# accept(task, solver, rounds, s) scores the edits that deserve it, in one batch of the solver, and notes at every edit
-# that the method does not want why it is rejected.
+# accept(task, solver, rounds, s) scores the edits that deserve it, in one batch of the solver; to an edit that the
+# method rejects it adds the reason, as a note.
 
 
 def propose_lse(task, editor, rounds: list[Round], s: Settings) -> None:
     """Ask, in the task's own words, for a rewrite of the instructions."""
-    chats = [
-        edit_chat(task, editor, r.parent.instructions, r.summary, s.max_prompt_tokens)[0]
-        for r in rounds
-    ]
+    chats = []
+    for r in rounds:
+        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, s.max_prompt_tokens)
+        chats.append(chat)
     ask_for_edits(task, editor, rounds, chats, s, "prompt")
 
 
@@ -369,14 +364,15 @@ def accept_lse(task, solver, rounds: list[Round], s: Settings) -> None:
         r.scores = scores
 
 
-# GEPA writes its edits as LSE does, and draws the node to edit from the Pareto front.
-
-
 def accept_gepa(task, solver, rounds: list[Round], s: Settings) -> None:
-    """GEPA's gate: an edit is worth a full scoring only if it answers more of its own minibatch than its parent did."""
+    """GEPA's gate: an edit is scored on the holdout only if it answers more of this round's batch than its parent did.
+
+    In all else GEPA is LSE that selects the node to edit from the Pareto front (lse.EvolutionTree.pareto_front).
+    """
     tried = [r for r in rounds if r.edit.valid]
     jobs = [(r.edit.instructions, r.batch) for r in tried]
     for r, answers in zip(tried, solve_all(task, solver, jobs, **solver_sampling(s))):
+        # how many of the k problems were right
         before = sum(a.correct for a in r.summary)
         after = sum(a.correct for a in answers)
         if after <= before:
@@ -503,9 +499,10 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 def seed_trees(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
     """One tree per domain, which begins with the seed instructions c_0, scored on the holdout."""
     seed_draws(s.seed, 0, 0)
-    jobs = [
-        (task.seed_instructions, split_problems(task.problems(d), s)["holdout"]) for d in domains
-    ]
+    jobs = []
+    for domain in domains:
+        holdout = split_problems(task.problems(domain), s)["holdout"]
+        jobs.append((task.seed_instructions, holdout))
     trees = {}
     for domain, scores in zip(domains, score_all(task, solver, jobs, s)):
         trees[domain] = EvolutionTree(task.seed_instructions, fmean(scores), scores, c=s.c)
@@ -546,9 +543,9 @@ def final_test(
         for node in (tree.nodes[0], tree.best()):
             if (domain, node.instructions) not in asked:
                 asked.append((domain, node.instructions))
-    jobs = [
-        (instructions, split_problems(task.problems(d), s)["test"]) for d, instructions in asked
-    ]
+    jobs = []
+    for domain, instructions in asked:
+        jobs.append((instructions, split_problems(task.problems(domain), s)["test"]))
     scores = dict(zip(asked, score_all(task, solver, jobs, s)))
     out = {}
     for domain, tree in trees.items():
@@ -597,6 +594,19 @@ def gains(pairs: dict[str, tuple[list[float], list[float]]]) -> dict:
 COLUMNS = "| editor | method | holdout best (optimistic) | test | test, seed instructions | solver answers |"
 
 
+@dataclass
+class Contestant:
+    """One row of the table, and its scores: each a list over seeds of a list over domains."""
+
+    label: str
+    editor: Model
+    method: str
+    search: str
+    holdout: list[list[float]] = field(default_factory=list)  # of the best node
+    test: list[list[float]] = field(default_factory=list)  # of the best node
+    seed_test: list[list[float]] = field(default_factory=list)  # of the seed instructions
+
+
 def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
     """{untrained, trained editor} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
@@ -604,57 +614,50 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     after each row, trees after each round, so that --resume repeats no edit (it counts the answers since then). The
     report shows the first domain under the last seed.
     """
-    lines = [COLUMNS, "|---" * 6 + "|"]
-    shown: dict[str, EvolutionTree] = {}
-    print("\n".join(lines), flush=True)
+    contestants = []
     for label, model in (("untrained", twin(solver)), ("trained", editor)):
-        for method, search in [
-            ("lse", "chain"),
-            ("lse", "best"),
-            *((name, "ucb") for name in methods(task)),
-        ]:
-            name = f"{label} | {method} ({search_rule(task, method, search)})"
-            answers_before = solver.usage.answers
-            scores = Comparison()
-            for seed in range(s.seed, s.seed + s.seeds):
-                own = replace(s, seed=seed)
-                folder = out / "trees" / f"{label}-{method}-{search}-{seed}"
-                trees = restore_trees(folder, domains) or seed_trees(task, domains, solver, own)
-                evolve_all(
-                    task,
-                    trees,
-                    solver,
-                    model,
-                    own,
-                    search,
-                    method,
-                    on_round=partial(save_trees, folder),
-                    progress=f"{name}, seed {seed}",
-                )
-                scores.holdout.append([tree.best().score for tree in trees.values()])
-                if s.test:
-                    tested = final_test(task, trees, solver, own).values()
-                    scores.test.append([fmean(best) for _, best in tested])
-                    scores.seed_test.append([fmean(seed_scores) for seed_scores, _ in tested])
-            shown[name] = trees[domains[0]]
-            answers = (solver.usage.answers - answers_before) // s.seeds
-            cells = [mean_cell(scores.holdout), mean_cell(scores.test), mean_cell(scores.seed_test)]
-            lines.append(f"| {name} | {' | '.join(cells)} | {answers:,} |")
-            print(lines[-1], flush=True)
-            save_text(out / "compare.md", "\n".join(lines) + "\n")
-            write_report(
-                out / "report.html", shown, f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}"
-            )
+        contestants.append(Contestant(label, model, "lse", "chain"))
+        contestants.append(Contestant(label, model, "lse", "best"))
+        # with UCB, or with the baseline's own rule
+        for method in methods(task):
+            contestants.append(Contestant(label, model, method, "ucb"))
+    lines = [COLUMNS, "|---" * 6 + "|"]
+    print("\n".join(lines), flush=True)
+    shown: dict[str, EvolutionTree] = {}
+    title = f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}"
+    for row in contestants:
+        name = f"{row.label} | {row.method} ({search_rule(task, row.method, row.search)})"
+        answers = solver.usage.answers
+        for seed in range(s.seed, s.seed + s.seeds):
+            own = replace(s, seed=seed)
+            trees = grow_and_test(task, domains, solver, row, own, out / "trees", name)
+        answers = (solver.usage.answers - answers) // s.seeds
+        cells = [mean_cell(row.holdout), mean_cell(row.test), mean_cell(row.seed_test)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {answers:,} |")
+        print(lines[-1], flush=True)
+        save_text(out / "compare.md", "\n".join(lines) + "\n")
+        shown[name] = trees[domains[0]]
+        write_report(out / "report.html", shown, title)
     print(f"Saved in {out}: compare.md, report.html.")
 
 
-@dataclass
-class Comparison:
-    """The scores of one row of the table. Each is a list over seeds of a list over domains."""
-
-    holdout: list[list[float]] = field(default_factory=list)  # of the best node
-    test: list[list[float]] = field(default_factory=list)  # of the best node
-    seed_test: list[list[float]] = field(default_factory=list)  # of the seed instructions
+def grow_and_test(
+    task, domains: list[str], solver, row: Contestant, s: Config, folder: Path, name: str
+) -> dict[str, EvolutionTree]:
+    """The trees of one contestant under one seed; its scores are added to the row."""
+    own_folder = folder / f"{row.label}-{row.method}-{row.search}-{s.seed}"
+    trees = restore_trees(own_folder, domains)
+    if not trees:
+        trees = seed_trees(task, domains, solver, s)
+    save = partial(save_trees, own_folder)
+    bar = f"{name}, seed {s.seed}"
+    evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar)
+    row.holdout.append([tree.best().score for tree in trees.values()])
+    if s.test:
+        tested = final_test(task, trees, solver, s).values()
+        row.test.append([fmean(best) for _, best in tested])
+        row.seed_test.append([fmean(seed) for seed, _ in tested])
+    return trees
 
 
 def mean_cell(scores: list[list[float]]) -> str:
@@ -748,79 +751,42 @@ class Config(Settings):
     )
 
 
-PRESETS: dict[str, dict[str, Any]] = {  # what a field left at None becomes, here and in train.py
-    # The miniature's solver is so sure of itself that one greedy answer loses nothing. Tuned on its dev domains.
-    "mini": dict(
-        rounds=10,
-        k=4,
-        holdout=8,
-        test=32,
-        samples=1,
-        c=0.3,
-        solver_tokens=16,
-        editor_tokens=40,
-        solver_temperature=0.0,
-        editor_temperature=0.7,
-        top_p=0.8,
-        top_k=20,
-        steps=120,
-        states=24,
-        group=4,
-        lr=4e-4,
-        grow_every=20,
-        grow_rounds=10,
-    ),
-    # The paper keeps no test split. 30 is what a subject of MMLU-Redux (95 problems) has left for one.
-    "paper": dict(
-        rounds=25,
-        k=10,
-        holdout=50,
-        test=30,
-        samples=8,
-        c=2.0,
-        solver_tokens=2048,
-        editor_tokens=4096,
-        solver_temperature=0.7,
-        editor_temperature=0.7,
-        top_p=0.8,
-        top_k=20,
-        steps=500,
-        states=32,
-        group=4,
-        lr=1e-5,
-        grow_every=0,
-        grow_rounds=20,
-    ),
+@dataclass
+class Preset:
+    """What a setting left at None becomes, in three kinds of runs."""
+
+    mini: float
+    paper: float
     # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
-    "rehearsal": dict(
-        rounds=2,
-        k=2,
-        holdout=4,
-        test=4,
-        samples=1,
-        c=2.0,
-        solver_tokens=32,
-        editor_tokens=64,
-        solver_temperature=0.7,
-        editor_temperature=0.7,
-        top_p=0.8,
-        top_k=20,
-        steps=2,
-        states=2,
-        group=2,
-        lr=1e-5,
-        grow_every=0,
-        grow_rounds=2,
-    ),
+    rehearsal: float
+
+
+# The miniature's solver is so sure of itself that one greedy answer loses nothing; its values are tuned on dev domains.
+# The paper keeps no test split. 30 is what a subject of MMLU-Redux (95 problems) has left for one.
+PRESETS = {
+    "rounds": Preset(mini=10, paper=25, rehearsal=2),
+    "k": Preset(mini=4, paper=10, rehearsal=2),
+    "holdout": Preset(mini=8, paper=50, rehearsal=4),
+    "test": Preset(mini=32, paper=30, rehearsal=4),
+    "samples": Preset(mini=1, paper=8, rehearsal=1),
+    "c": Preset(mini=0.3, paper=2.0, rehearsal=2.0),
+    "solver_tokens": Preset(mini=16, paper=2048, rehearsal=32),
+    "editor_tokens": Preset(mini=40, paper=4096, rehearsal=64),
+    "solver_temperature": Preset(mini=0.0, paper=0.7, rehearsal=0.7),
+    "editor_temperature": Preset(mini=0.7, paper=0.7, rehearsal=0.7),
+    "top_p": Preset(mini=0.8, paper=0.8, rehearsal=0.8),
+    "top_k": Preset(mini=20, paper=20, rehearsal=20),
+    # and in train.py
+    # 16 states and 100 steps: on one GPU a night's work, see the README (the paper: 32 and about 500)
+    "steps": Preset(mini=120, paper=100, rehearsal=2),
+    "states": Preset(mini=24, paper=16, rehearsal=2),
+    "group": Preset(mini=4, paper=4, rehearsal=2),
+    "lr": Preset(mini=4e-4, paper=1e-5, rehearsal=1e-5),
+    "grow_every": Preset(mini=20, paper=0, rehearsal=0),
+    "grow_rounds": Preset(mini=10, paper=10, rehearsal=2),
 }
-AT_LEAST_ONE = {
-    "k",
-    "holdout",
-    "samples",
-    "solver_tokens",
-    "editor_tokens",
-    "seeds",
-}  # other numbers may be 0
+# All other numbers may be 0.
+AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")
 
 
 def with_presets(settings: Settings, remote: bool = False) -> Any:
@@ -828,21 +794,27 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
 
     `remote`: the models run elsewhere, so this machine needs no GPU. ValueError names what no run could work with.
     """
-    if getattr(settings, "paper_protocol", False):
-        preset = PRESETS["paper"] | {"test": 0}
+    paper_protocol = getattr(settings, "paper_protocol", False)
+    if paper_protocol:
+        kind = "paper"
     elif settings.task == "mini":
-        preset = PRESETS["mini"]
+        kind = "mini"
     elif remote or torch.cuda.is_available():
-        preset = PRESETS["paper"]
+        kind = "paper"
     else:
-        preset = PRESETS["rehearsal"]
+        kind = "rehearsal"
         if os.environ.get("RANK", "0") == "0":  # said once, not once per process
             print(
                 "No GPU here: what you do not set is a rehearsal's. Every line of code runs, "
                 "and nothing can be learned."
             )
-    missing = [f.name for f in fields(settings) if getattr(settings, f.name) is None]
-    s = replace(settings, **{name: preset[name] for name in missing})
+    filled = {}
+    for each in fields(settings):
+        if getattr(settings, each.name) is None:
+            filled[each.name] = getattr(PRESETS[each.name], kind)
+    if paper_protocol and settings.test is None:
+        filled["test"] = 0
+    s = replace(settings, **filled)
 
     for name, value in asdict(s).items():
         least = 1 if name in AT_LEAST_ONE else 0
@@ -877,14 +849,10 @@ def editor_sampling(s: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and editor, ready made
-TINY = (
-    10_000_000  # parameters. Below that a GPU is slower than a CPU, and more than 4 threads than 4.
-)
-ATTENTION = {
-    "full_attention",
-    "sliding_attention",
-    "chunked_attention",
-}  # layers whose cache prompts can share
+# Parameters. Below that a GPU is slower than a CPU, and more than 4 threads are slower than 4.
+TINY = 10_000_000
+# Layers whose cache prompts can share.
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
@@ -894,16 +862,14 @@ def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        if not tokenizer("a")[
-            "input_ids"
-        ]:  # half a download: transformers makes an empty one without a word
+        # half a download: transformers makes an empty one without a word
+        if not tokenizer("a")["input_ids"]:
             raise ValueError("its tokenizer files are missing")
         gpu = torch.cuda.is_available()
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if gpu else torch.float32
-        )
+        dtype = torch.bfloat16 if gpu else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-        odd = set(layers) - ATTENTION
+        odd = set(layers) - set(ATTENTION)
         if odd:
             raise ValueError(
                 f"its layers of {', '.join(odd)} have no cache that prompts could share: choose another"
@@ -913,15 +879,13 @@ def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
             if gpu:  # once more: rounding to bf16 cannot be undone
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         elif gpu:
-            from accelerate import (
-                PartialState,
-            )  # here, since it joins the other processes as soon as it is made
+            # here, since it joins the other processes as soon as it is made
+            from accelerate import PartialState
 
             model = model.to(PartialState().device)
         return LocalModel(model, tokenizer, max_batch_tokens)
-    except (
-        Exception
-    ) as error:  # half a download, no chat template, ...: every library has errors of its own
+    # half a download, no chat template, ...: every library has errors of its own
+    except Exception as error:
         why = (str(error) or repr(error)).strip().splitlines()[0]
         raise SystemExit(
             f"No model can be loaded from {name} (`python train.py` makes runs/...): {why}"
@@ -961,9 +925,8 @@ def open_model(name: str, served: str, s: Config) -> Model:
         return load_model(name, s.max_batch_tokens)
     try:  # is anybody there?
         first = RemoteModel(name, timeout=20, retries=1).model
-    except (
-        ConnectionError
-    ) as error:  # a server that lists no models will do, if it need not choose one
+    # a server that lists no models will do, if it need not choose one
+    except ConnectionError as error:
         if not served or "no answer" in str(error):
             raise
         first = served
@@ -1051,17 +1014,50 @@ def plan_row(role: str, model, chat: list[dict], asked: int, new: int, s: Settin
     return f"{role:8}{asked:>12,}{asked * prompt:>18,}{asked * new:>18,}{weights:>12}   {name}"
 
 
+def count_calls(trees: int, s: Config) -> tuple[int, int]:
+    """Responses that solver and editor are asked for at most, the seed instructions' scoring and the test included."""
+    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
+    batch = 2 * s.k if s.compare or s.method == "gepa" else s.k
+    calls_per_edit = 2 if s.compare or s.method == "textgrad" else 1
+    score = s.holdout * s.samples
+    answers = trees * (score + s.rounds * (batch + score) + 2 * s.test * s.samples)
+    return answers, trees * s.rounds * calls_per_edit
+
+
+def pace_text(solver, seconds: float, answers_left: int) -> str:
+    """What the rest of a run will take at the rate of its first real work, the scoring of the seed instructions.
+
+    `seconds` is how long all took that `solver` has been asked for, `answers_left` what it is still to be asked for.
+    """
+    done = solver.usage.answers
+    tokens = solver.usage.tokens_written / seconds
+    left = answers_left / done * seconds
+    return (
+        f"Measured: {done:,} answers in {duration(seconds)}, {tokens:,.0f} tokens/s. At that rate "
+        f"the solver's other {answers_left:,} answers take {duration(left)} at most; "
+        "edits and learning come on top."
+    )
+
+
+def duration(seconds: float) -> str:
+    """For people.
+
+    >>> duration(7), duration(400), duration(9000)
+    ('7 seconds', '6.7 minutes', '2.5 hours')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
 def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
     """How many trees, and what they cost at most. ValueError as `plan_lines`."""
     trees = len(splits)
     if s.compare:  # two editors, and each with two more search rules than there are methods
         trees *= s.seeds * 2 * (2 + len(methods(task)))
-    # A tree scores its root and every edit; GEPA answers each batch twice, and TextGrad asks twice for an edit.
-    batch = 2 * s.k if s.compare or s.method == "gepa" else s.k
-    calls = 2 if s.compare or s.method == "textgrad" else 1
-    score = s.holdout * s.samples
-    answers = trees * (score + s.rounds * (batch + score) + 2 * s.test * s.samples)
-    edits = trees * s.rounds * calls
+    answers, edits = count_calls(trees, s)
     problems, sizes = [], []
     for parts in splits.values():
         sizes.append([len(parts["pool"]), len(parts["holdout"]), len(parts["test"])])
@@ -1074,9 +1070,8 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
         f"Plan: {trees} trees of {s.rounds} rounds on {len(splits)} domains, "
         f"the smallest with problems: {pool} pool, {holdout} holdout, {test} test"
     )
-    return (
-        head + "\n  " + plan_lines(task, (solver, editor), (answers, edits), problems, s, out, size)
-    )
+    calls = (answers, edits)
+    return head + "\n  " + plan_lines(task, (solver, editor), calls, problems, s, out, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1096,9 +1091,8 @@ def atomic_write(path: Path, save: Callable[[Path], object]) -> None:
         save(temporary)
         shutil.rmtree(path, ignore_errors=True)  # an old folder; an old file is replaced
         os.replace(temporary, path)
-    except (
-        Exception
-    ) as error:  # a full disk is an OSError, a RuntimeError (torch.save) or a SafetensorError
+    # a full disk is an OSError, a RuntimeError (torch.save) or a SafetensorError
+    except Exception as error:
         if temporary.is_file():
             temporary.unlink()  # what it holds is room
         raise SystemExit(
@@ -1217,15 +1211,14 @@ def main(s: Config) -> None:
     s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
     task = load_task(s.task, s.data or None)
     out = Path(s.out or f"runs/{s.task}-evolve")
-    splits = {
-        domain: split_problems(task.problems(domain), s) for domain in pick_domains(task, s.domains)
-    }
+    domains = pick_domains(task, s.domains)
+    splits = {domain: split_problems(task.problems(domain), s) for domain in domains}
     rule = search_rule(task, s.method, s.search)
     solver, editor = load_models(s)
     print(plan(task, splits, solver, editor, s, out), flush=True)
     trees = {}
     if s.resume and not s.compare:
-        trees = restore_trees(out / "trees", list(splits))
+        trees = restore_trees(out / "trees", domains)
     done = max((tree.rounds for tree in trees.values()), default=0)
     if done > s.rounds:
         raise ValueError(f"{out} is {done} rounds old: give --rounds as many or more.")
@@ -1234,15 +1227,17 @@ def main(s: Config) -> None:
         print("A dry run: no model was asked, nothing was written.")
         return
     if s.compare:
-        compare(task, list(splits), solver, editor, s, out)
+        compare(task, domains, solver, editor, s, out)
         return
     save = partial(save_trees, out / "trees")
     if not trees:
-        trees = seed_trees(task, list(splits), solver, s)
+        started = time.time()
+        trees = seed_trees(task, domains, solver, s)
         save(trees)  # from here on, a kill costs a round at most
-    evolve_all(
-        task, trees, solver, editor, s, rule, s.method, on_round=save, progress=f"{s.method} {rule}"
-    )
+        left = count_calls(len(trees), s)[0] - solver.usage.answers
+        print(pace_text(solver, time.time() - started, left), flush=True)
+    bar = f"{s.method} {rule}"
+    evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=bar)
     finish(task, trees, solver, editor, s, out)
 
 
@@ -1256,26 +1251,21 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
         results["test"] = gains(final_test(task, trees, solver, s))
     results["cost"] = {"solver": cost(solver.usage), "editor": cost(editor.usage)}
     save_text(out / "results.json", json.dumps(results, indent=1))
-    first_domains = list(trees)[:20]
-    write_report(
-        out / "report.html",
-        {domain: trees[domain] for domain in first_domains},
-        f"{s.task}: {s.method}",
-    )
+    shown = dict(list(trees.items())[:20])
+    write_report(out / "report.html", shown, f"{s.task}: {s.method}")
 
-    for domain in first_domains if len(trees) <= 3 else first_domains[:1]:
-        print(
-            f"\n{printable(domain)} (* leads to the best node)\n"
-            f"{tree_text(trees[domain])}\nBest instructions:\n"
-            f"{printable(results['instructions'][domain]) or '(empty)'}\n"
-        )
+    printed = list(trees) if len(trees) <= 3 else list(trees)[:1]
+    for domain in printed:
+        print(f"\n{printable(domain)} (* leads to the best node)\n{tree_text(trees[domain])}")
+        print(f"Best instructions:\n{printable(trees[domain].best().instructions) or '(empty)'}\n")
     over = "domains" if len(trees) > 1 else "problems"
     print(gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over))
     if s.test:
         print(gain_text("Test (never touched before)", results["test"], over))
-    for role in ("solver", "editor"):
-        counts = ", ".join(f"{count:,} {name}" for name, count in results["cost"][role].items())
-        print(f"Cost of the {role}{' since --resume' if s.resume else ''}: {counts}")
+    since = " since --resume" if s.resume else ""
+    for role, counted in results["cost"].items():
+        counts = ", ".join(f"{count:,} {name}" for name, count in counted.items())
+        print(f"Cost of the {role}{since}: {counts}")
     print(f"Saved in {out}: trees/, results.json, report.html.")
 
 
@@ -1421,8 +1411,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no scripts, and noth
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
 <title>{title}</title><meta http-equiv="Content-Security-Policy" content="{policy}"/><style>{css}</style>
-</head><body><h1>{title}</h1>{chart}<p>Line: best so far. Dot: each round's own edit. The holdout guided the search:
-trust the test split.{legend}</p>{body}</body></html>"""
+</head><body><h1>{title}</h1>{chart}<p>Line: best so far. Dot: each round's own edit. The holdout guided the
+search: trust the test split.{legend}</p>{body}</body></html>"""
 
 
 def write_report(path: Path, runs: dict[str, EvolutionTree], title: str = "Evolution") -> None:

@@ -926,7 +926,7 @@ def can_share(model) -> bool:
 
 
 class TopKTopP(LogitsProcessor):
-    """Temperature, then top-k, then top-p on what is left. Keeps the tokens that Hugging Face's three filters keep.
+    """Temperature, then top-k, then top-p on what is left: the tokens that Hugging Face's three filters keep.
 
     Theirs sorts the whole vocabulary at every step, 152k numbers per row, although all but k have been ruled out.
     """
@@ -944,7 +944,6 @@ class TopKTopP(LogitsProcessor):
         width = int((scores >= least).sum(1).max())
         if width > places.shape[1]:  # tokens that tie with the least of the k are kept as well
             places = scores.topk(width).indices
-        places = places.sort(1).values  # in the order of the vocabulary, which decides ties in top-p
         left = scores.gather(1, places)  # (R, width)
         left = self.top_p(input_ids, left.masked_fill(left < least, -torch.inf))
         return torch.full_like(scores, -torch.inf).scatter(1, places, left)

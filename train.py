@@ -4,6 +4,7 @@
     python train.py --advantage grpo    the same with another advantage
     python train.py --dry-run           every check and the plan of a run, without a model call
     python train.py --task bird --data DIR --model Qwen/Qwen3-4B-Instruct-2507 --gradient-checkpointing --out runs/bird
+    python train.py --task bird ... --solver http://localhost:8000/v1     the frozen solver on a server, vLLM for one
     torchrun --nproc_per_node 8 train.py --task bird ...   the same on eight GPUs: each takes an eighth of the states
 
 The order of this file: one step of training; the loop; where start states come from; untrained and trained editor
@@ -323,7 +324,12 @@ def grow_states(
     own = training_splits(s, seed=s.seed * 1_000_003 + step)  # fresh splits and batches each time
     own = replace(own, rounds=s.grow_rounds)
     mine = enough_problems(task, "train", s)[accelerator.process_index :: accelerator.num_processes]
+    started = time.time()
     trees = evolve.seed_trees(task, mine, solver, own)
+    if step == 0:  # the first real work of a run
+        answers, _ = count_calls(s, len(task.domains("train")), len(task.domains("test")))
+        left = answers // accelerator.num_processes - solver.usage.answers
+        accelerator.print(evolve.pace_text(solver, time.time() - started, left), flush=True)
     bar = "1. growing trees" if accelerator.is_main_process else ""
     evolve.evolve_all(task, trees, solver, editor, own, s.search, progress=bar)
     states = []
@@ -449,9 +455,11 @@ def worth_of_edits(trees: dict) -> str:
             if node.score is not None:
                 valid += 1
                 better += node.score > tree.nodes[node.parent].score
-    text = f"Of the trained editor's {edits} edits, {valid} are valid and {better} better than what they edited."
+    text = f"Of the trained editor's {edits} edits, {valid} are valid and {better} better "
+    text += "than what they edited."
     if not better:
-        text += "\nSo its edits are invalid or worth nothing: nothing here shows that it can evolve instructions."
+        text += "\nSo its edits are invalid or worth nothing: "
+        text += "nothing here shows that it can evolve instructions."
     return text
 
 
@@ -477,8 +485,14 @@ class Config(Settings):
     """Everything that can be set. `--help` prints these words."""
 
     model: str = option(
-        "", "checkpoint folder or hub name of the editor, and of the solver; empty: the miniature's"
+        "", "the editor: checkpoint folder or hub name; empty: the miniature's base"
     )
+    solver: str = option(
+        "", "the frozen solver: folder, hub name or http(s)://...; empty: --model's"
+    )
+    solver_model: str = option("", "the solver's name on its server; empty: the first it lists")
+    # Each holdout problem is answered once per edit, as in the official code; evolve.py takes 8.
+    samples: int | None = option(1, "answers per holdout problem; a score is the mean over both")
     advantage: Literal["delta", "grpo", "score", "line"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
@@ -521,15 +535,7 @@ def plan(
         done = len(log.read_text().splitlines())
         if done > s.steps:
             raise ValueError(f"{out} is {done} steps old: give --steps as many or more.")
-    growths = 1 + (s.steps - 1) // s.grow_every if s.grow_every else 1
-    grown = len(train) * growths
-    score = s.holdout * s.samples  # answers to score one version of the instructions
-    answers = (
-        grown * (score + s.grow_rounds * (s.k + score))
-        + s.states * (score + s.steps * (s.k + s.group * score))
-        + 2 * len(test) * (score + s.rounds * (s.k + score) + 2 * s.test * s.samples)
-    )
-    edits = grown * s.grow_rounds + s.steps * s.states * s.group + 2 * len(test) * s.rounds
+    answers, edits = count_calls(s, len(train), len(test))
     # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
     weights = sum(parameter.numel() for parameter in editor.model.parameters())
     size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
@@ -537,6 +543,22 @@ def plan(
     return "Plan\n  " + evolve.plan_lines(
         task, (solver, editor), (answers, edits), problems, s, out, size
     )
+
+
+def count_calls(s: Config, train: int, test: int) -> tuple[int, int]:
+    """Responses that solver and editor are asked for at most, with `train` and `test` domains."""
+    score = s.holdout * s.samples  # answers to score one version of the instructions
+    per_round = s.k + score
+    growths = 1 + (s.steps - 1) // s.grow_every if s.grow_every else 1
+    grown = train * growths  # trees
+    answers = grown * (score + s.grow_rounds * per_round)
+    edits = grown * s.grow_rounds
+    answers += s.states * score  # the noise of the reward
+    answers += s.steps * s.states * (s.k + s.group * score)
+    edits += s.steps * s.states * s.group
+    answers += 2 * test * (score + s.rounds * per_round + 2 * s.test * s.samples)
+    edits += 2 * test * s.rounds
+    return answers, edits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,8 +648,8 @@ def main(s: Config) -> dict | None:
         )
     task = data.load_task(s.task, s.data or None)
     train, test = enough_problems(task, "train", s), enough_problems(task, "test", s)
-    solver = evolve.load_model(name, s.max_batch_tokens)
     editor = evolve.load_model(name, s.max_batch_tokens)
+    solver = evolve.open_model(s.solver or name, s.solver_model, s)
     accelerator.print(
         plan(task, solver, editor, s, out, train, test, accelerator.num_processes), flush=True
     )
@@ -646,7 +668,10 @@ def main(s: Config) -> dict | None:
     clocks.append(time.time())
 
     # 3. Before and after, on domains that training never saw.
-    untrained, trees_before = evaluate(task, solver, solver, s, "3. untrained editor", accelerator)
+    base = solver  # in both roles, unless the solver is another model
+    if s.solver:
+        base = evolve.load_model(name, s.max_batch_tokens)
+    untrained, trees_before = evaluate(task, solver, base, s, "3. untrained editor", accelerator)
     trained, trees = evaluate(task, solver, editor, s, "3. trained editor", accelerator)
     clocks.append(time.time())
     results: dict[str, Any] = {
@@ -655,6 +680,7 @@ def main(s: Config) -> dict | None:
         "reward_noise": progress.noise,
         "config": asdict(s),
         "skipped_steps": sum(line["skipped"] for line in progress.lines),
+        "cost": {"solver": evolve.cost(solver.usage), "editor": evolve.cost(editor.usage)},
         "seconds": {"rl": clocks[1] - clocks[0], "evaluation": clocks[2] - clocks[1]},
     }
     if accelerator.is_main_process:

@@ -47,8 +47,9 @@ class Adapter:
     def propose_new_texts(self, candidate: dict, dataset: dict, components: list[str]) -> dict[str, str]:
         """The edit, asked for in the words the editor was trained on. An invalid one is no proposal: {}."""
         chat = self.task.edit_chat(candidate["instructions"], [Answer(**a) for a in dataset["instructions"]])
-        text, _ = evolve.read_edit(self.task, self.editor.sample([chat], **evolve.editor_sampling(self.s))[0][0])
-        return {"instructions": text} if text else {}
+        [[sample]] = self.editor.sample([chat], **evolve.editor_sampling(self.s))
+        edit = evolve.read_edit(self.task, sample)
+        return {"instructions": edit.instructions} if edit.valid else {}
 
     def log(self, message: str) -> None:
         """GEPA's logger, silent. What a proposer raises GEPA would log and go on without: here it ends the run."""
@@ -68,13 +69,13 @@ def gepa_package(task, domains: list[str], solver, editor, s: evolve.Settings, b
 
 
 def our_ucb(task, domains: list[str], solver, editor, s: evolve.Settings, budget: int) -> dict[str, str]:
-    trees = evolve.evolve_all(task, evolve.plant(task, domains, solver, s), solver, editor, s)
+    trees = evolve.evolve_all(task, evolve.seed_trees(task, domains, solver, s), solver, editor, s)
     return {d: tree.best().instructions for d, tree in trees.items()}
 
 
 def our_gepa(task, domains: list[str], solver, editor, s: evolve.Settings, budget: int) -> dict[str, str]:
     """All domains in step; a tree leaves when its budget is used up."""
-    trees, spent = evolve.plant(task, domains, solver, s), dict.fromkeys(domains, s.holdout)
+    trees, spent = evolve.seed_trees(task, domains, solver, s), dict.fromkeys(domains, s.holdout)
     while going := {d: tree for d, tree in trees.items() if spent[d] < budget}:
         one_more = replace(s, rounds=len(next(iter(going.values())).nodes))
         for d, tree in evolve.evolve_all(task, going, solver, editor, one_more, "pareto", "gepa").items():
@@ -102,11 +103,12 @@ def main(a: argparse.Namespace) -> None:
     with serve(reply) as own:
         for name, loop in product(models, (gepa_package, our_gepa, our_ucb)):
             editor = RemoteModel(a.server or own.url, name, extra=extra) if loop is gepa_package else models[name]
-            answers, edits, test, budget = solver.calls, editor.calls, [], s.holdout + s.rounds * (s.k + s.holdout)
+            answers, edits, test = solver.usage.answers, editor.usage.answers, []
+            budget = s.holdout + s.rounds * (s.k + s.holdout)
             for seeded in (replace(s, seed=seed) for seed in range(a.seeds)):
                 chosen = loop(task, domains, solver, editor, seeded, budget)
                 test += [(text, evolve.split_problems(task.problems(d), seeded)["test"]) for d, text in chosen.items()]
-            answers, edits = (solver.calls - answers) / len(test), (editor.calls - edits) / len(test)
+            answers, edits = (solver.usage.answers - answers) / len(test), (editor.usage.answers - edits) / len(test)
             right = [fmean(scores) for scores in evolve.score_all(task, solver, test, s)]  # (seeds * domains,)
             mean, error = evolve.mean_error([fmean(right[i :: len(domains)]) for i in range(len(domains))])
             print(f"| {name} | {loop.__name__} | {mean:.3f} ± {error:.3f} | {answers:.1f} | {edits:.1f} |", flush=True)
@@ -114,6 +116,7 @@ def main(a: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in dict(base="runs/mini/base", editor="runs/mini/editor", server="", domains=16, seeds=3).items():
+    models = {name: str(evolve.MINIATURE / name) for name in ("base", "editor")}
+    for flag, default in (models | dict(server="", domains=16, seeds=3)).items():
         parser.add_argument(f"--{flag}", type=type(default), default=default)
     main(parser.parse_args())

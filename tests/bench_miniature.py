@@ -1,4 +1,4 @@
-"""The README's tables on the miniature: bases x RL seeds x advantages, as ordinary runs of train.py.
+"""The README's tables on the miniature: bases (by make_base.py) x RL seeds x advantages, as ordinary runs of train.py.
 
     python tests/bench_miniature.py                                   # 3 bases x 3 seeds x delta, grpo, score: an hour
     python tests/bench_miniature.py --advantages delta,line,node,batch --seeds 0
@@ -22,13 +22,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+def start(log: Path, script: str, *flags: str) -> None:
+    """A script of the repository on one thread, as a user would start it."""
+    with open(log, "w") as file:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, script, *flags], cwd=ROOT, env=env, stdout=file, stderr=file, check=True)
+
+
+def make_base(out: Path, seed: int) -> None:
+    """A base of that seed, unless it is there."""
+    if not (out / "config.json").exists():
+        start(Path(f"{out}.log"), "tests/miniature/make_base.py", "--seed", str(seed), "--out", str(out))
+
+
 def run(out: Path, *flags: str) -> dict:
-    """One run of train.py on one thread, unless it is there; its results."""
+    """One run of train.py, unless it is there; its results."""
     if not (out / "results.json").exists():
-        command = [sys.executable, "train.py", "--out", str(out), "--overwrite", *flags]
-        with open(f"{out}.log", "w") as log:
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=True)
+        start(Path(f"{out}.log"), "train.py", "--out", str(out), "--overwrite", *flags)
     return json.loads((out / "results.json").read_text())
 
 
@@ -37,10 +47,10 @@ def table(out: Path, bases: list[int], seeds: list[int], kinds: list[str], jobs:
     from evolve import mean_error
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda b: run(out / f"base-{b}", "--warmup-seed", str(b), "--steps", "0"), bases))
+        list(pool.map(lambda b: make_base(out / f"base-{b}", b), bases))
         wanted = [(kind, b, seed) for seed in seeds for kind in kinds for b in bases]
         results = dict(zip(wanted, pool.map(
-            lambda w: run(out / f"{w[0]}-b{w[1]}-s{w[2]}", "--model", str(out / f"base-{w[1]}" / "base"),
+            lambda w: run(out / f"{w[0]}-b{w[1]}-s{w[2]}", "--model", str(out / f"base-{w[1]}"),
                           "--advantage", w[0], "--seed", str(w[2])), wanted)))
     print("| advantage | " + " | ".join(f"base {b}" for b in bases) + " | all runs |")
     print("|---|" + "---|" * (len(bases) + 1))
@@ -54,19 +64,28 @@ def table(out: Path, bases: list[int], seeds: list[int], kinds: list[str], jobs:
 def reward(base: Path) -> None:
     """Mean and spread of the delta as a function of R̄(c_0), untrained editor, 16 edits for each of 240 start states."""
     import random
+    from dataclasses import replace
 
     import torch
+    from accelerate import Accelerator
 
     import data
     import train
     from evolve import load_model, with_presets
+    from lse import MasterAdamW, delta_reward
 
-    s = with_presets(train.Config(group=16), train.TRAIN_PRESETS)
-    task, solver, editor = data.Mini(), load_model(base / "base"), load_model(base / "base")
-    pool = train.grow_states(task, solver, editor, s, step=0)
-    torch.manual_seed(0)
-    batch = train.rollout(task, solver, editor, random.Random(0).sample(pool, min(240, len(pool))), s, step=0)
-    delta, before = train.delta_reward(batch["after"], batch["before"][:, None], batch["valid"]), batch["before"]
+    s = with_presets(train.Config(group=16, states=240))
+    task, solver, editor = data.Mini(), load_model(base), load_model(base)
+    accelerator = Accelerator(cpu=True)
+    pool = train.grow_states(task, solver, editor, s, step=0, accelerator=accelerator)
+    # All states alike, and a step that moves nothing: only what it sampled and scored is of interest.
+    pool = [replace(state, potential=0.0) for state in random.Random(0).sample(pool, min(240, len(pool)))]
+    optimizer = MasterAdamW(editor.model, lr=0.0)
+    s = replace(s, lr=0.0)
+    _, rollouts = train.train_step(task, solver, editor, optimizer, pool, s, 0, accelerator)
+    before = torch.tensor([each.state.score for each in rollouts])  # (N,)
+    after = torch.tensor([each.after for each in rollouts])  # (N, G)
+    delta = delta_reward(after, before[:, None], ~after.isnan())  # (N, G)
     print("| R̄(c_0) | start states | mean delta | s.d. of delta among the edits of a state | share better |")
     print("|---" * 5 + "|")
     for low, high in ((0, 0.01), (0.01, 0.2), (0.2, 0.3), (0.3, 0.45), (0.45, 1.01)):

@@ -30,7 +30,7 @@ from lse import blank_generation, plain_sample, shared_sample, until_end
 WORDS = 512
 SHAPES = {  # name: [(prompts, rows of each, common tokens, own tokens, new tokens, width of the model), ...]
     "wide": [(16, 4, 2000, 60, 48, 512)],
-    "tiny": [(8, 1, 60, 40, 40, 64), (4, 8, 60, 40, 40, 64), (200, 1, 60, 40, 16, 64), (50, 8, 60, 40, 16, 64)],
+    "tiny": [(8, 4, 60, 40, 40, 64), (8, 1, 60, 40, 40, 64), (64, 4, 5, 6, 16, 64), (24, 8, 5, 6, 16, 64)],
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -15,19 +16,21 @@ from pathlib import Path
 from statistics import fmean
 
 import cli
+import make_base
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import RULES, bird_gold, level, scripted
 from server import Fault, serve
+from transformers import AutoModelForCausalLM
 
 import data
 import evolve
 import train
 from data import Answer, Grade, Problem
-from evolve import Config, Settings, with_presets
-from lse import EvolutionTree, LocalModel, Sample
+from evolve import Config, Edit, Round, Settings, with_presets
+from lse import EvolutionTree, LocalModel, Node, Sample, Usage
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "bird"
 
@@ -62,12 +65,12 @@ class Scribe:
     """A model that answers by a function of the chat's text, and remembers what it was asked."""
 
     def __init__(self, answer) -> None:
-        self.answer, self.asked, self.calls, self.options = answer, [], 0, []
+        self.answer, self.asked, self.options, self.usage = answer, [], [], Usage()
 
     def sample(self, chats: list, n: int = 1, **options) -> list[list[Sample]]:
         self.asked += [chat[-1]["content"] for chat in chats for _ in range(n)]
         self.options.append(options)
-        self.calls += n * len(chats)
+        self.usage.answers += n * len(chats)
         return [[Sample(self.answer(chat[-1]["content"]), None, None, False) for _ in range(n)] for chat in chats]
 
 
@@ -155,6 +158,19 @@ def test_batches_depend_on_seed_domain_and_round_only() -> None:
     other = replace(s, rounds=9, holdout=1, editor_tokens=1)
     assert tuple(p.id for p in evolve.draw_batch(pool, other, "a", 0)) == batches[0, "a", 0]
     assert len(evolve.draw_batch(pool[:1], s, "a", 0)) == 10  # with replacement: a pool of one would do
+    places = [tuple(p.id for p in evolve.draw_batch(pool, s, "a", 0, place)) for place in (0, 1)]
+    assert len({batches[0, "a", 0], *places}) == 3
+    for where, drawn in (("0/a/0", batches[0, "a", 0]), ("0/a/1/0", places[1])):
+        assert tuple(p.id for p in random.Random(where).choices(pool, k=10)) == drawn
+
+
+def test_answers_in_which_nothing_can_be_read_are_counted() -> None:
+    """One of them: the second cannot be read, the third never came."""
+    task, solver = Toy(a=5), Scribe(lambda _: "?")
+    task.grade = lambda problem, text: Grade(False, "", readable=problem.id == "a0")
+    solver.sample = lambda chats, n, **_: [[Sample("", None, None, False, error)] for error in ("", "", "lost")]
+    answers = evolve.solve(task, solver, "", task.problems("a")[:3])
+    assert [a.readable for a in answers] == [True, False, False] and solver.usage.unreadable == 1
 
 
 def test_answers_come_back_by_job_and_problem_with_all_samples_together() -> None:
@@ -195,9 +211,9 @@ def test_whole_problems_are_dropped_to_fit_a_limit() -> None:
 
 
 def test_a_local_editor_is_never_asked_more_than_it_can_read() -> None:
-    tokenizer, task = data.mini_tokenizer(), data.Mini()
-    editor = LocalModel(train.tiny_qwen3(tokenizer), tokenizer)
-    assert evolve.context(editor) == 2048 and evolve.context(Scribe(None)) == 0
+    tokenizer, task = make_base.mini_tokenizer(), data.Mini()
+    editor = LocalModel(make_base.tiny_qwen3(tokenizer), tokenizer)
+    assert evolve.context_length(editor) == 2048 and evolve.context_length(Scribe(None)) == 0
     summary = evolve.solve(task, Scribe(lambda _: ""), "", task.problems("dev000")[:110])
     chat, dropped = evolve.edit_chat(task, editor, "", summary)
     assert 0 < dropped < 110 and 1500 < len(editor.encode(chat)) <= 1536
@@ -213,12 +229,21 @@ def test_a_local_editor_is_never_asked_more_than_it_can_read() -> None:
     ("", False, (None, "nothing usable in <prompt> tags")),
 ])
 def test_what_counts_as_an_edit(text: str, truncated: bool, expected: tuple) -> None:
-    assert evolve.read_edit(Toy(), Sample(text, None, None, truncated)) == expected
+    sample = Sample(text, None, None, truncated)
+    edit = evolve.read_edit(Toy(), sample)
+    assert (edit.instructions, edit.note) == expected and edit.valid == (expected[0] is not None)
+    assert edit.text == text and edit.sample is sample
+
+
+def test_an_edit_that_never_came_says_why() -> None:
+    edit = evolve.read_edit(Toy(), Sample("", None, None, False, "503: too busy"))
+    assert not edit.valid and edit.note == "no response: 503: too busy"
 
 
 def test_a_task_may_read_edits_in_its_own_way() -> None:
     def read(text: str) -> tuple:
-        return evolve.read_edit(data.Mini(), Sample(text, None, None, False))
+        edit = evolve.read_edit(data.Mini(), Sample(text, None, None, False))
+        return edit.instructions, edit.note
 
     assert read("<prompt> tax c1 </prompt>") == ("tax c1", "")  # shorter than 10 characters
     assert read("<prompt> nothing known </prompt>") == (None, "nothing usable in <prompt> tags")
@@ -242,19 +267,28 @@ def test_the_critic_sees_six_failures_with_diverse_feedback_first() -> None:
 JOBS = [("old rules", [answer("q1"), answer("q2", True)]), ("more old rules", [answer("q3")])]
 
 
+def propose(method: str, editor: Scribe, s: Settings, jobs: list = JOBS) -> list[Edit]:
+    """The edits that a method writes for (instructions, summary)."""
+    rounds = [Round("a", None, [], Node(0, None, old, 0.0), [], summary) for old, summary in jobs]
+    evolve.METHODS[method].propose(Toy(), editor, rounds, s)
+    return [r.edit for r in rounds]
+
+
 @pytest.mark.parametrize("method", ["lse", "gepa"])
 def test_lse_and_gepa_ask_for_a_rewrite(method: str) -> None:
     editor = Scribe(lambda text: f"<prompt>new {text[6:9]} rules</prompt>" if "q1" in text else "none")
-    edits = evolve.write_edits(Toy(), editor, method, JOBS, settings(editor_tokens=7, editor_temperature=0.3))
-    assert edits == [("new old rules", "", "<prompt>new old rules</prompt>"),
-                     (None, "nothing usable in <prompt> tags", "none")]
+    edits = propose(method, editor, settings(editor_tokens=7, editor_temperature=0.3))
+    assert [(edit.instructions, edit.note, edit.text) for edit in edits] == [
+        ("new old rules", "", "<prompt>new old rules</prompt>"),
+        (None, "nothing usable in <prompt> tags", "none")]
     assert editor.asked == ["edit: old rules\nq1\nq2", "edit: more old rules\nq3"]
     assert editor.options == [dict(max_new_tokens=7, temperature=0.3, top_p=0.8, top_k=20)]
+    assert editor.usage.unreadable == 1
 
 
 def test_the_editors_prompt_keeps_to_its_limit() -> None:
     editor = Words(lambda _: "")
-    evolve.write_edits(Toy(), editor, "lse", JOBS, settings(max_prompt_tokens=4))
+    propose("lse", editor, settings(max_prompt_tokens=4))
     assert editor.asked == ["edit: old rules\nq1", "edit: more old rules\nq3"]
 
 
@@ -263,8 +297,8 @@ def test_textgrad_criticises_first_and_rewrites_then() -> None:
         return "<IMPROVED_VARIABLE>better rules</IMPROVED_VARIABLE>" if "<IMPROVED" in text else f"vague: {len(text)}"
 
     editor = Scribe(write)
-    edits = evolve.write_edits(Toy(), editor, "textgrad", JOBS, settings())
-    assert [edit[:2] for edit in edits] == [("better rules", "")] * 2
+    edits = propose("textgrad", editor, settings())
+    assert [(edit.instructions, edit.note) for edit in edits] == [("better rules", "")] * 2
     first, second, third, fourth = editor.asked
     assert "old rules" in first and "expected: gold of q1" in first and "q2" not in first and "q3" in second
     assert "old rules" in third and f"vague: {len(first)}" in third and f"vague: {len(second)}" in fourth
@@ -276,14 +310,15 @@ def test_reflexion_keeps_the_head_and_the_last_lessons() -> None:
     old = "Be brief.\nAlways."
     for i, lesson in enumerate(lessons):
         editor = Scribe(lambda text, lesson=lesson: f"<lesson>{lesson}\n twice</lesson>")  # one line each
-        [(old, note, _)] = evolve.write_edits(Toy(), editor, "reflexion", [(old, [answer("q")])], settings())
-        assert note == "" and editor.asked[0].startswith("edit: Be brief.") and "</lesson>" in editor.asked[0]
+        [edit] = propose("reflexion", editor, settings(), [(old, [answer("q")])])
+        old = edit.instructions
+        assert edit.note == "" and editor.asked[0].startswith("edit: Be brief.") and "</lesson>" in editor.asked[0]
         kept = [f"{one} twice" for one in lessons[: i + 1]][-evolve.LESSONS:]
         assert old.split("\nLesson: ") == ["Be brief.\nAlways.", *kept]
     assert old.count("Lesson: ") == evolve.LESSONS
-    [(text, note, _)] = evolve.write_edits(Toy(), Scribe(lambda _: "<prompt>rules, no lesson</prompt>"), "reflexion",
-                                           [("", [])], settings())
-    assert text is None and "lesson" in note
+    editor = Scribe(lambda _: "<prompt>rules, no lesson</prompt>")
+    [edit] = propose("reflexion", editor, settings(), [("", [])])
+    assert edit.instructions is None and "lesson" in edit.note and editor.usage.unreadable == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,9 +346,9 @@ def test_a_tree_grows_by_a_node_a_round_with_scores_and_summaries() -> None:
     pool = evolve.split_problems(Toy(a=20).problems("a"), settings())["pool"]
     for round_, node in enumerate(tree.nodes[1:]):  # what the editor saw: this round's batch, under the parent
         batch = evolve.draw_batch(pool, settings(), "a", round_)
-        assert [a["id"] for a in node.summary] == [p.id for p in batch]
-        assert [a["correct"] for a in node.summary] == [int(p.gold) < 5 * round_ for p in batch]
-    assert solver.calls == 6 + 4 * (3 + 6)
+        assert [a.id for a in node.summary] == [p.id for p in batch]
+        assert [a.correct for a in node.summary] == [int(p.gold) < 5 * round_ for p in batch]
+    assert solver.usage.answers == 6 + 4 * (3 + 6)
 
 
 def test_ucb_steps_back_from_a_bad_edit_and_a_chain_does_not() -> None:
@@ -328,13 +363,13 @@ def test_an_invalid_edit_costs_its_round_and_is_recorded() -> None:
     assert [node.parent for node in tree.nodes] == [None, 0, 0, 2, 2]  # the old instructions stay
     assert tree.nodes[1].instructions == "I will not." and tree.nodes[1].scores is None
     assert tree.nodes[1].note == "nothing usable in <prompt> tags" and tree.nodes[2].note == ""
-    assert solver.calls == 6 + 4 * 3 + 6 and tree.rounds == 4
+    assert solver.usage.answers == 6 + 4 * 3 + 6 and tree.rounds == 4
 
 
 def test_all_domains_grow_in_step_even_if_no_edit_of_a_round_is_valid() -> None:
     task, solver, s = Toy(a=20, b=20), Scribe(skilled), settings(rounds=2)
     seen = []
-    trees = evolve.plant(task, ["a", "b"], solver, s)
+    trees = evolve.seed_trees(task, ["a", "b"], solver, s)
     evolve.evolve_all(task, trees, solver, editor_of(None, None, None, 7), s,
                       on_round=lambda trees: seen.append([len(tree.nodes) for tree in trees.values()]))
     assert seen == [[2, 2], [3, 3]]
@@ -351,7 +386,7 @@ def test_gepa_scores_only_what_is_strictly_better_on_the_minibatch() -> None:
     assert better.score == 1.0 and better.scores == [1.0] * 6 and better.parent == 0
     assert no_better.parent == worse.parent == better.id  # the root is dominated now
     assert no_better.note == worse.note == "no better on its minibatch than 3 of 3"
-    assert solver.calls == 6 + 4 * (3 + 3) + 6
+    assert solver.usage.answers == 6 + 4 * (3 + 3) + 6
 
 
 def test_textgrad_reverts_what_lowers_the_holdout_score() -> None:
@@ -364,7 +399,7 @@ def test_textgrad_reverts_what_lowers_the_holdout_score() -> None:
     tree, _ = grow(Scribe(write), method="textgrad")
     _, kept, reverted, equal, last = tree.nodes
     assert kept.score == equal.score == holdout_score(15) and last.score == 1.0
-    assert reverted.score is None
+    assert reverted.score is None and fmean(reverted.scores) == holdout_score(5)
     assert reverted.note == f"reverted: the holdout score fell from {holdout_score(15):.3f} to {holdout_score(5):.3f}"
     assert [node.parent for node in tree.nodes] == [None, 0, 1, 1, 3]
 
@@ -374,7 +409,7 @@ def test_a_tree_grown_in_two_goes_is_the_tree_grown_in_one() -> None:
 
     def trees(*stops: int) -> list:
         solver, editor = Scribe(skilled), Scribe(lambda text: f"<prompt>Answer with skill {len(text) % 20}.</prompt>")
-        grown = evolve.plant(task, ["a", "b"], solver, s)
+        grown = evolve.seed_trees(task, ["a", "b"], solver, s)
         for stop in stops:
             evolve.evolve_all(task, grown, solver, editor, replace(s, rounds=stop), "pareto")
         return [[asdict(node) for node in tree.nodes] for tree in grown.values()]
@@ -395,7 +430,7 @@ def test_local_sampling_repeats_itself_at_every_step() -> None:
     for rounds in ((2,), (1, 2)):
         torch.rand(3 * len(rounds))
         solver = Gambler(skilled)
-        trees = evolve.plant(task, ["a"], solver, s)
+        trees = evolve.seed_trees(task, ["a"], solver, s)
         for stop in rounds:
             torch.rand(5 * len(rounds))
             evolve.evolve_all(task, trees, solver, editor_of(9, 9), replace(s, rounds=stop))
@@ -417,10 +452,10 @@ def test_methods_and_rules_that_do_not_exist_are_named() -> None:
 def test_evolve_takes_the_presets_of_the_task_it_is_given() -> None:
     solver = Scribe(lambda _: "")
     evolve.evolve(Toy(a=90), "a", solver, editor_of(), rounds=0)
-    assert solver.calls == 50 * 8 and solver.options[0]["max_new_tokens"] == 2048
+    assert solver.usage.answers == 50 * 8 and solver.options[0]["max_new_tokens"] == 2048
     solver = Scribe(lambda _: "")
     evolve.evolve(data.Mini(), "dev000", solver, editor_of(), rounds=0)
-    assert solver.calls == 8
+    assert solver.usage.answers == 8
 
 
 def test_the_final_test_asks_unseen_problems_under_both_instructions() -> None:
@@ -431,7 +466,7 @@ def test_the_final_test_asks_unseen_problems_under_both_instructions() -> None:
     tested = evolve.final_test(task, trees, solver, s)
     unseen = {d: evolve.split_problems(task.problems(d), s)["test"] for d in "ab"}
     assert tested["a"] == ([0.0] * 6, [float(int(p.gold) < 10) for p in unseen["a"]])
-    assert tested["b"] == ([0.0] * 6, [0.0] * 6) and solver.calls == 18  # the root is best: asked once
+    assert tested["b"] == ([0.0] * 6, [0.0] * 6) and solver.usage.answers == 18  # the root is best: asked once
     assert {text.split("\n")[1] for text in solver.asked} == {p.question for part in unseen.values() for p in part}
 
 
@@ -448,9 +483,12 @@ def test_mean_and_standard_error() -> None:
 
 def test_a_rehearsal_is_said_once_and_not_of_the_papers_protocol(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    own, paper = Config(task="jsonl"), dict.fromkeys(evolve.PRESETS, evolve.PRESETS["paper"])
+    own = Config(task="jsonl")
     assert with_presets(own).rounds == 2 and "No GPU here" in capsys.readouterr().out
-    assert with_presets(own, paper).rounds == 25
+    paper = with_presets(replace(own, paper_protocol=True))
+    assert (paper.rounds, paper.holdout, paper.test) == (25, 50, 0) and capsys.readouterr().out == ""
+    mini = with_presets(Config(paper_protocol=True, k=3))
+    assert (mini.rounds, mini.k, mini.c, mini.test) == (25, 3, 2.0, 0)
     monkeypatch.setenv("RANK", "1")
     with_presets(own)
     assert capsys.readouterr().out == ""
@@ -464,6 +502,13 @@ def test_presets_fill_only_what_is_not_given(monkeypatch: pytest.MonkeyPatch) ->
     assert not [name for s in (mini, real, rehearsal) for name, value in asdict(s).items() if value is None]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert with_presets(Settings(task="bird")).k == 10
+
+
+def test_every_setting_left_open_has_a_preset() -> None:
+    unset = {name for name, value in asdict(train.Config()).items() if value is None}
+    assert unset == evolve.PRESETS.keys() and {"k", "steps"} <= unset
+    kinds = [asdict(preset) for preset in evolve.PRESETS.values()]
+    assert all(list(kind) == ["mini", "paper", "rehearsal"] for kind in kinds)
 
 
 @pytest.mark.parametrize("change", [
@@ -497,7 +542,7 @@ def test_trees_that_are_a_round_ahead_are_cut_back(tmp_path: Path) -> None:
     task, s = Toy(**{"a/b": 20, "c": 20}), settings()
 
     def planted() -> dict[str, EvolutionTree]:
-        return evolve.plant(task, ["a/b", "c"], Scribe(skilled), s)
+        return evolve.seed_trees(task, ["a/b", "c"], Scribe(skilled), s)
 
     assert evolve.restore_trees(tmp_path, ["a/b", "c"]) == {}
     late, early = planted(), planted()
@@ -541,7 +586,7 @@ def test_a_run_folder_is_never_mistaken_for_another(tmp_path: Path, monkeypatch)
 
 
 def test_overwrite_deletes_no_checkpoint_and_no_training_run(tmp_path: Path) -> None:
-    train.tiny_qwen3(data.mini_tokenizer()).save_pretrained(tmp_path / "editor")  # it has a config.json, too
+    make_base.tiny_qwen3(make_base.mini_tokenizer()).save_pretrained(tmp_path / "editor")  # it has a config.json, too
     evolve.open_run(train.Config(), tmp_path / "training", [])
     for kept in ("editor", "training"):
         with pytest.raises(SystemExit, match="is no run of this script: name another --out"):
@@ -559,10 +604,10 @@ TINY = dict(rounds=2, k=2, holdout=2, test=2, solver_tokens=4, editor_tokens=4, 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     """A folder with "narrow" and "wide", tiny random models, and "mute", one without a chat template."""
-    folder, tokenizer = tmp_path_factory.mktemp("checkpoints"), data.mini_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("checkpoints"), make_base.mini_tokenizer()
     for name, hidden in (("narrow", 32), ("wide", 64)):
         torch.manual_seed(hidden)
-        for part in (train.tiny_qwen3(tokenizer, hidden), tokenizer):
+        for part in (make_base.tiny_qwen3(tokenizer, hidden), tokenizer):
             part.save_pretrained(folder / name)
     shutil.copytree(folder / "narrow", folder / "mute", ignore=shutil.ignore_patterns("*.jinja"))
     config = json.loads((folder / "mute" / "tokenizer_config.json").read_text())
@@ -575,9 +620,53 @@ def test_one_checkpoint_in_both_roles_is_loaded_once(checkpoints: Path) -> None:
     solver, editor = evolve.load_models(s)
     assert solver.model is editor.model and solver is not editor
     solver.sample([[{"role": "user", "content": "tax"}]], max_new_tokens=1)
-    assert (solver.calls, editor.calls) == (1, 0)
+    assert (solver.usage.answers, editor.usage.answers) == (1, 0)
     solver, editor = evolve.load_models(replace(s, editor=str(checkpoints / "wide")))
     assert solver.model.config.hidden_size == 32 and editor.model.config.hidden_size == 64
+
+
+def test_models_that_are_not_named_are_the_miniatures_or_the_runs_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = []
+    monkeypatch.setattr(evolve, "load_model", lambda name, *_: opened.append(str(name)) or name)
+    evolve.load_models(Config())
+    Path("runs/mini/editor").mkdir(parents=True)
+    evolve.load_models(Config())
+    base = str(evolve.MINIATURE / "base")
+    assert opened == [base, str(evolve.MINIATURE / "editor"), base, "runs/mini/editor"]
+    for role, s in (("solver", Config(task="bird", editor="x")), ("editor", Config(task="bird", solver="x"))):
+        with pytest.raises(ValueError, match=f"--task bird needs --{role}"):
+            evolve.load_models(s)
+
+
+def test_tiny_models_run_on_the_cpu_in_float32_on_few_threads(checkpoints: Path, monkeypatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.append(n))
+    threads: list[int] = []
+    model = evolve.load_model(checkpoints / "wide").model
+    assert model.dtype == torch.float32 and model.device.type == "cpu" and threads == [4]
+    saved = AutoModelForCausalLM.from_pretrained(checkpoints / "wide").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())  # not rounded to bf16
+    monkeypatch.undo()
+    assert torch.get_num_threads() == before
+
+
+def test_a_file_or_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def half(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    evolve.save_text(tmp_path / "a.txt", "old")
+    with pytest.raises(SystemExit, match=r"a.txt cannot be written \(.*No space left.*same command and --resume"):
+        evolve.atomic_write(tmp_path / "a.txt", half)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+    evolve.save_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    for word in ("one", "two"):  # a folder that is there is replaced
+        evolve.atomic_write(tmp_path / "b", lambda folder, word=word: folder.mkdir() or (folder / word).touch())
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["two"]
 
 
 def test_transfer_an_editor_of_another_width_guides_the_solver(checkpoints: Path, tmp_path: Path, monkeypatch) -> None:
@@ -625,7 +714,8 @@ def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
     """The toy's solver writes no edits; the trained editor always knows what is best."""
     best, seeds = "Answer with skill 20.", []
     always = Scribe(lambda _: "".join(f"<{tag}>{best}</{tag}>" for tag in ("prompt", "lesson", "IMPROVED_VARIABLE")))
-    monkeypatch.setattr(evolve, "plant", lambda *args, plant=evolve.plant: seeds.append(args[-1].seed) or plant(*args))
+    real = evolve.seed_trees
+    monkeypatch.setattr(evolve, "seed_trees", lambda *args: seeds.append(args[-1].seed) or real(*args))
     s = Config(**asdict(settings(rounds=2, seed=5)), seeds=2)
     evolve.compare(Toy(a=20, b=20), ["a", "b"], Scribe(skilled), always, s, tmp_path)
     rows = (tmp_path / "compare.md").read_text().splitlines()[2:]
@@ -656,7 +746,8 @@ def test_compare_goes_on_where_it_was_killed(checkpoints: Path, tmp_path: Path, 
         evolve.main(replace(s, out="cut"))
     monkeypatch.setattr(evolve, "save_trees", real)
     sampled = []
-    monkeypatch.setattr(evolve, "write_edits", lambda *args, f=evolve.write_edits: sampled.append(1) or f(*args))
+    real_ask = evolve.ask_for_edits
+    monkeypatch.setattr(evolve, "ask_for_edits", lambda *args: sampled.append(1) or real_ask(*args))
     evolve.main(replace(s, out="cut", resume=True))
     whole, cut = (sorted(Path(run).rglob("trees/**/*.json")) for run in ("whole", "cut"))
     assert len(whole) == len(cut) >= 16 and [a.read_bytes() for a in whole] == [b.read_bytes() for b in cut]
@@ -704,6 +795,12 @@ def test_fewer_rounds_than_there_are_are_refused(checkpoints: Path, tmp_path: Pa
     capsys.readouterr()
 
 
+def planned(text: str, role: str) -> list[str]:
+    """The plan's row of one model: how many responses, tokens to read, tokens to write, its weights, its name."""
+    [row] = [line for line in text.splitlines() if line.split()[:1] == [role]]
+    return row.replace(" MB", "MB").split()[1:]
+
+
 def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch) -> None:
     task, out = data.Mini(), Path("nowhere/yet")
     solver, editor = evolve.load_models(Config(solver=str(checkpoints / "wide"), editor=str(checkpoints / "wide")))
@@ -712,14 +809,17 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
     text = evolve.plan(task, splits, solver, editor, s, out)
     assert "1 trees of 3 rounds on 1 domains, the smallest with problems: 104 pool, 8 holdout, 32 test" in text
     prompt = len(solver.encode(task.solve_chat("", splits["test000"]["pool"][0]))) + 40
-    assert f"wide: up to 108 answers, {108 * prompt:,} tokens to read and {108 * 16:,} to write" in text
+    weights = f"{4 * solver.model.num_parameters() / 1e6:.1f}MB"
+    row = ["108", f"{108 * prompt:,}", f"{108 * 16:,}", weights, str(checkpoints / "wide")]
+    assert planned(text, "solver") == row
     assert 108 == 8 + 3 * (8 + 4) + 2 * 32
-    assert "wide: up to 3 answers" in text and "nowhere/yet" in text and not out.parent.exists()
+    assert planned(text, "editor")[0] == "3" and "nowhere/yet" in text and not out.parent.exists()
     small = splits["test000"] | {"pool": splits["test000"]["pool"][:5]}
     assert "on 2 domains, the smallest with problems: 5 pool, 8 holdout" in evolve.plan(
         task, splits | {"test001": small}, solver, editor, s, out)
-    for method, calls in (("gepa", 120), ("textgrad", 6)):
-        assert f"up to {calls} answers" in evolve.plan(task, splits, solver, editor, replace(s, method=method), out)
+    for method, role, calls in (("gepa", "solver", "120"), ("textgrad", "editor", "6")):
+        text = evolve.plan(task, splits, solver, editor, replace(s, method=method), out)
+        assert planned(text, role)[0] == calls
     with pytest.raises(ValueError, match=r"The solver reads 2048 tokens, .* 2030 more \(--solver-tokens\)"):
         evolve.plan(task, splits, solver, editor, replace(s, solver_tokens=2030), out)
     with pytest.raises(ValueError, match="The solver reads 2048 tokens, .*instructions of 2040 .--editor-tokens"):
@@ -735,8 +835,8 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
     monkeypatch.setattr(task, "grade", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evolve.plan(task, splits, solver, editor, s, out)
-    assert f"up to {8 * 3 * (8 + 3 * (2 * 4 + 8) + 2 * 32):,} answers" in evolve.plan(
-        data.Mini(), splits, solver, editor, replace(s, compare=True), out)
+    text = evolve.plan(data.Mini(), splits, solver, editor, replace(s, compare=True), out)
+    assert planned(text, "solver")[0] == f"{8 * 3 * (8 + 3 * (2 * 4 + 8) + 2 * 32):,}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -803,10 +903,24 @@ def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more:
     calls = Counter(request["body"].get("model") for request in scene.requests[asked:])
     assert results["cost"]["solver"]["answers"] == calls["solver"]
     assert results["cost"]["editor"]["answers"] == calls["good-editor"] == (16 if "textgrad" in more else 8)
+    cost = results["cost"]["solver"]
+    assert list(cost) == ["answers", "failed", "cut", "unreadable", "tokens read", "tokens written"]
+    assert cost["failed"] == cost["cut"] == cost["unreadable"] == 0 < cost["tokens written"]
+    assert f"Cost of the solver: {cost['answers']:,} answers, 0 failed, 0 cut, 0 unreadable, " in output
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f'id="t{i}-{n}"' in page for i in (0, 1) for n in range(5))
     assert "shop (* leads to the best node)" in output and results["instructions"]["zoo"] in output
     assert RULES[0] in output.split("Best instructions:")[1] and f"Saved in run: {'trees/'}" in output
+
+
+def test_a_fresh_clone_evolves_the_miniature_with_the_shipped_models(tmp_path: Path) -> None:
+    code, output = cli.run(["--domains", 4], tmp_path)
+    assert code == 0, output
+    results = json.loads((tmp_path / "runs" / "mini-evolve" / "results.json").read_text())
+    assert results["test"]["seed"] == 0.0 and results["test"]["best"] > 0.5
+    assert "(* leads to the best node)\n*" in output and "Best instructions:\n" in output
+    assert "Holdout (optimistic" in output and "Test (never touched" in output and "Cost of the editor: 40" in output
+    assert output.rstrip().endswith("Saved in runs/mini-evolve: trees/, results.json, report.html.")
 
 
 @pytest.mark.parametrize("search", ["ucb", "best", "chain"])
@@ -836,6 +950,7 @@ def test_editors_that_ruin_all_or_say_nothing_gain_exactly_nothing(bird: Path, s
         for tree in trees.values():
             assert [node.score is None for node in tree.nodes] == [False] + [editor == "mute-editor"] * 2
     assert "rejected" in output and trees["zoo"].nodes[2].note == "nothing usable in <prompt> tags"
+    assert results["cost"]["editor"]["unreadable"] == results["cost"]["editor"]["answers"] == 4  # the mute one's
     more = ["--rounds", 12, "--test", 0, "--domains", "zoo"]
     results, trees, _ = evolved(bird / "own.jsonl", scene.url, tmp_path, "fickle-editor", *more)
     assert "test" not in results and results["holdout"]["stderr"] > 0  # over the problems of the one domain
@@ -866,13 +981,13 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(bird: Path, scene, tmp_path: 
     assert code == 0 and {request["path"] for request in scene.requests[asked:]} == {"/v1/models"}
     assert [file.name for file in tmp_path.iterdir()] == ["output.txt"]
     assert "problems: 8 pool, 6 holdout, 6 test" in output
-    assert "editor good-editor: up to 4 answers" in output
-    assert f"solver solver: up to {6 + 4 * (3 + 6) + 2 * 6} answers" in output
-    assert len(output.splitlines()) == 7 and "very roughly 0 minutes of computing on this machine" in output
+    assert planned(output, "editor")[0] == "4" and planned(output, "editor")[3:] == ["elsewhere", "good-editor"]
+    assert planned(output, "solver")[0] == str(6 + 4 * (3 + 6) + 2 * 6) and planned(output, "solver")[-1] == "solver"
+    assert len(output.splitlines()) == 6
     code, output = cli.run(["--task", "bird", "--data", bird, "--solver", scene.url, "--editor", scene.url,
                             "--paper-protocol", "--holdout", 6, "--dry-run", "--domains", "1"], tmp_path)
     assert code == 0 and "14 pool, 6 holdout, 0 test" in output and "of 25 rounds" in output
-    assert f"up to {8 * 6 * 26 + 25 * 10:,} answers" in output
+    assert planned(output, "solver")[0] == f"{8 * 6 * 26 + 25 * 10:,}"
 
 
 SECRET = "sk-hush-4711"
@@ -917,6 +1032,8 @@ CASES = {
     "an unknown flag": (["--rouns", "3"], ["--rouns"]),
     "a method that does not fit": (["--task", "mini", "--method", "textgrad"], ["textgrad", "mini", "lse, gepa"]),
     "nothing to resume": (["--resume"], ["runs/bird-evolve", "--resume"]),
+    "no solver": (["--solver", ""], ["--task bird needs --solver"]),
+    "no editor": (["--editor", ""], ["--task bird needs --editor"]),
 }
 
 

@@ -70,7 +70,7 @@ def test_ten_kills_leave_no_trace(scene, tmp_path: Path) -> None:
     assert any(len(set(sizes)) == 2 for _, sizes in kills), kills  # some died between the trees of one round
     assert len({tuple(sizes) for _, sizes in kills}) >= 6, kills  # at different stages
     code, output = start(scene, torn, "--resume")
-    assert code == 0 and "Cost since --resume" in output, output
+    assert code == 0 and "Cost of the solver since --resume" in output, output
     assert end_state(torn) == end_state(straight)
     assert not [file for file in end_state(torn)[0] if not file.endswith(".json")] and len(end_state(torn)[0]) == 2
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 import evolve as report
+from data import Answer
 
 SVG_ONLY = {"path", "circle"}  # may close themselves in HTML, as the void elements may
 VOID = {"meta", "br"}
@@ -25,7 +26,7 @@ class Node:
     score: float | None
     scores: list[float] | None = None
     visits: int = 0
-    summary: list[dict] = field(default_factory=list)
+    summary: list[Answer] = field(default_factory=list)
     note: str = ""
 
 
@@ -37,9 +38,8 @@ class Tree:
         return max((node for node in self.nodes if node.score is not None), key=lambda node: (node.score, -node.id))
 
 
-def answer(text: str = "SELECT 1", correct: bool = True) -> dict:
-    return {"id": "p", "question": "Q " + text, "response": "R " + text, "answer": "A " + text, "gold": "G " + text,
-            "correct": correct, "feedback": "F " + text, "truncated": False}
+def answer(text: str = "SELECT 1", correct: bool = True) -> Answer:
+    return Answer("p", "Q " + text, "R " + text, "A " + text, "G " + text, correct, "F " + text)
 
 
 def tree(parents: list[int], scores: list[float | None], text: str = "do {} well") -> Tree:
@@ -182,13 +182,11 @@ def test_scores_changes_and_the_best_node(tmp_path: Path) -> None:
     """Numbers stand beside every colour; invalid edits have none; the way to the best is thick."""
     _, root = page(tmp_path, {"ucb": STEPS})
     figure = root.find(".//figure/svg")
-    rows = {link.get("href"): (text_of(link), link.find("circle").get("style")) for link in figure.findall("a")}
+    rows = {link.get("href"): (text_of(link), link.find("circle").get("class")) for link in figure.findall("a")}
     assert [rows[f"#t0-{i}"][0] for i in range(9)] == [
         "#0 · 0.250", "#1 · 0.500 (+0.250)", "#2 · 0.625 (+0.125)", "#3 · 0.125 (-0.500)", "#4 · 0.500 (-0.125)",
         "#5 · ✗ rejected", "#6 · 0.750 (+0.125) ★ best", "#7 · 0.375 (-0.125)", "#8 · 0.750 (+0.000)"]
-    fills = [rows[f"#t0-{i}"][1] for i in range(9)]
-    assert fills[3] == "--share:0%" and fills[0] == "--share:20%"  # 0.125 is the lowest
-    assert fills[6] == fills[8] == "--share:100%" and fills[5] == "fill:Canvas"
+    assert [i for i in range(9) if rows[f"#t0-{i}"][1] == "rejected"] == [5]
     at = {i: (float(link.find("circle").get("cx")), float(link.find("circle").get("cy")))
           for link in figure.findall("a") for i in [int(link.get("href").split("-")[1])]}
     ways, others = [], []
@@ -213,8 +211,9 @@ def test_the_chart_holds_every_round(tmp_path: Path) -> None:
     _, root = page(tmp_path, {"ucb": STEPS, "chain": tree([], [0.5])})
     run, other = root.findall("body/svg/a")
     assert (run.get("href"), other.get("href")) == ("#t0", "#t1") and run.get("class") != other.get("class")
-    line, dots = ([tuple(map(float, point)) for point in re.findall(r"([\d.]+) ([\d.]+)", path.get("d"))]
-                  for path in run.findall("path"))
+    pairs = re.findall(r"([\d.]+) ([\d.]+)", run.find("path").get("d"))
+    line = [(float(x), float(y)) for x, y in pairs]
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in run.findall("circle")]
     xs = [x for x, _ in line]
     assert xs == sorted(set(xs)) and (xs[0], xs[-1]) == (50, 350)
     assert [x for x, _ in dots] == xs[:5] + xs[6:], "the invalid edit has no dot"
@@ -222,8 +221,8 @@ def test_the_chart_holds_every_round(tmp_path: Path) -> None:
     assert height[0.75] < height[0.625] < height[0.5] < height[0.25] < height[0.125]
     assert height[0.25] - height[0.5] == pytest.approx(height[0.5] - height[0.75], abs=0.11)
     assert [y for _, y in line] == [height[s] for s in (0.25, 0.5, 0.625, 0.625, 0.625, 0.625, 0.75, 0.75, 0.75)]
-    assert [text.text for text in root.findall("body/svg/text")] == [
-        "round 0", "round 8", "0.12", "0.28", "0.44", "0.59", "0.75"]
+    assert (height[0.125], height[0.75]) == (190, 10)
+    assert [text.text for text in root.findall("body/svg/text")] == ["round 0", "round 8", "0.12", "0.75"]
 
 
 def test_what_an_edit_changed_is_shown(tmp_path: Path) -> None:
@@ -274,7 +273,7 @@ def hostile_runs(text: str) -> dict[str, Tree]:
 def test_hostile_text_stays_text(text: str, tmp_path: Path) -> None:
     written, root = page(tmp_path, hostile_runs(text), title=text)
     check_closed(written)
-    visible = report.clean(text).replace("\r", "\n")
+    visible = report.printable(text).replace("\r", "\n")
     if visible.strip():
         assert visible == (root.find("head/title").text or "")
         shown = text_of(root.find(".//div[@id='t0-3']"))
@@ -286,7 +285,7 @@ def test_hostile_text_stays_text(text: str, tmp_path: Path) -> None:
     assert len(drawn.splitlines()) == 4
 
 
-@pytest.mark.parametrize("broken", ["html.escape", "clean", "esc"])
+@pytest.mark.parametrize("broken", ["html.escape", "printable", "esc"])
 def test_the_hostile_test_can_fail(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Take one layer of the escaping away: at least one hostile text must then break the page."""
     if broken == "html.escape":
@@ -298,9 +297,9 @@ def test_the_hostile_test_can_fail(broken: str, monkeypatch: pytest.MonkeyPatch,
         (tmp_path / str(i)).mkdir()
         try:
             check_closed(page(tmp_path / str(i), hostile_runs(text), title=text)[0])
-        except (AssertionError, ET.ParseError, UnicodeEncodeError):
+        except (AssertionError, ET.ParseError, SystemExit):  # SystemExit: it cannot be written as UTF-8
             failures += 1
-    assert failures >= (3 if broken == "clean" else 5)
+    assert failures >= (3 if broken == "printable" else 5)
 
 
 @pytest.mark.parametrize("place", ["title", "label", "instructions", "note", "question", "response", "answer", "gold",
@@ -313,7 +312,7 @@ def test_every_place_is_escaped(place: str, tmp_path: Path) -> None:
         for node in steps.nodes:
             setattr(node, place, attack + str(node.id))
     elif place not in ("title", "label"):
-        steps.nodes[1].summary[0][place] = attack
+        steps.nodes[1].summary[0] = replace(steps.nodes[1].summary[0], **{place: attack})
     written, _ = page(tmp_path, {attack if place == "label" else "ucb": steps},
                       title=attack if place == "title" else "report")
     check_closed(written)

@@ -121,14 +121,6 @@ def test_killed_ten_times_it_ends_as_if_it_had_not(zygote, folder, arguments, wh
         assert end_state(out) == end_state(whole)
 
 
-def test_killed_in_the_warm_up_it_warms_up_again(zygote, folder):
-    """No half-made base is ever taken for a base."""
-    arguments = flags(**SETTINGS | dict(steps=1, rounds=1, grow_rounds=1), hidden=8, patience=0.004)
-    assert zygote.run(args=[*arguments, "--out", str(folder / "warm")])[0] == 0
-    kill_and_resume(zygote, arguments, folder / "cold", 2, random.Random(1), 0.8)
-    assert end_state(folder / "cold") == end_state(folder / "warm")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # In this process, in a smaller world
 # ---------------------------------------------------------------------------------------------------------------------

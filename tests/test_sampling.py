@@ -9,13 +9,24 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LogitsProcessorList,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
-from lse import LocalModel, group_logprobs
+import lse
+from lse import LocalModel, PromptLayer, RowLayer, TopKTopP, group_logprobs, plain_sample, shared_sample
 
 QWEN = Path(__file__).parents[1].parent / "shared" / "data" / "tokenizer" / "qwen3"
 WORDS = 80
@@ -135,20 +146,26 @@ def test_what_is_shared_is_computed_once(n, chats, monkeypatch):
 
 @pytest.mark.parametrize("chats", [ragged_chats(), ragged_chats()[:1]], ids=["ragged", "one"])
 def test_the_cache_is_not_copied_at_every_token(chats, monkeypatch):
-    model, storages = tiny_model(eos_token_id=None), []
-    generate = model.generate
+    """What is above the rows stays where it is; their own keys move after 32, 64, ... tokens."""
+    model, places = tiny_model(eos_token_id=None), []
+    update = RowLayer.update
 
-    def watched(ids, **options):
-        layers = options["past_key_values"].layers
-        storages.append([layer.keys.untyped_storage().data_ptr() for layer in layers])
-        out = generate(ids, **options)
-        storages.append([layer.keys.untyped_storage().data_ptr() for layer in layers])
-        assert [layer.keys.shape[2] for layer in layers] == [out.shape[1] - 1] * 2  # the last token needs no keys
+    def watched(layer, keys, values, *args, **kwargs):
+        out = update(layer, keys, values)
+        above = [x.data_ptr() for level in layer.above for x in level]
+        places.append((*above, layer.keys.data_ptr(), layer.values.data_ptr()))
+        assert layer.keys.shape[1] <= max(32, 2 * layer.used)
         return out
 
-    monkeypatch.setattr(model, "generate", watched)
-    LocalModel(model, tiny_tokenizer()).sample(chats, n=2, max_new_tokens=9)
-    assert len(storages) == 2 and storages[0] == storages[1]
+    monkeypatch.setattr(RowLayer, "update", watched)
+    local = LocalModel(model, tiny_tokenizer())
+    local.eos = []
+    local.sample(chats, n=2, max_new_tokens=70)
+    assert len(places) == 2 * 70
+    for layer in (places[0::2], places[1::2]):
+        assert len({where[:-2] for where in layer}) == 1
+        moved = sum(before[-2:] != after[-2:] for before, after in zip(layer, layer[1:]))
+        assert moved <= 2 and len({where[-2] for where in layer}) > 1
 
 
 def test_a_sliding_window_is_sampled_right():
@@ -167,6 +184,245 @@ def test_greedy_answers_equal_chats_once(monkeypatch):
     first, second = LocalModel(model, tiny_tokenizer()).sample([user("w1"), user("w1")], n=3, temperature=0)
     assert [len(ids) for ids, _ in calls] == [1] and len(first) == len(second) == 3
     assert first[0].ids.tolist() == second[2].ids.tolist()
+
+
+# --- rows that share their prompts: the plain way is the definition ---------------------------------------------------
+
+EQUAL = {"do_sample": False, "max_new_tokens": 10}
+DRAWN = {"do_sample": True, "max_new_tokens": 10, "temperature": 1.1, "top_p": 1.0, "top_k": 0}
+
+
+def rows_of(*prompts: tuple[list[int], int]) -> list[tuple[int, ...]]:
+    """Sorted rows: (prompt, how many)."""
+    return sorted(tuple(prompt) for prompt, count in prompts for _ in range(count))
+
+
+def some_ids(seed: int, count: int) -> list[int]:
+    return random.Random(seed).choices(range(FIRST, FIRST + WORDS), k=count)
+
+
+HEAD = some_ids(0, 25)
+CASES = {
+    "one row": rows_of((HEAD, 1)),
+    "one prompt": rows_of((HEAD, 5)),
+    "one token": rows_of((HEAD[:1], 3)),
+    "one token each": rows_of(([7], 2), ([8], 2)),
+    "no common prefix": rows_of(([7, *HEAD], 2), ([8, *HEAD[:9]], 2), ([9], 2)),
+    "G = 1": rows_of(*[(HEAD + some_ids(i, 3 + i), 1) for i in range(6)]),
+    "same lengths": rows_of(*[(HEAD + some_ids(i, 4), 3) for i in range(4)]),
+    "ragged": rows_of(*[(HEAD + some_ids(i, 1 + 3 * i), 3) for i in range(5)]),
+    "the last tokens differ": rows_of(*[([*HEAD, FIRST + i], 2) for i in range(3)]),
+    "a prompt begins another": rows_of((HEAD, 2), (HEAD[:9], 2), (HEAD + some_ids(3, 5), 2)),
+    "4, 2 and 6 rows": rows_of((HEAD + [7], 4), (HEAD + [8, 9], 2), (HEAD + [9, 9, 9], 6)),
+    "3, 2 and 1 rows": rows_of((HEAD + [7], 3), (HEAD + [8, 9], 2), (HEAD + [9, 9, 9], 1)),
+}
+
+
+@pytest.mark.parametrize("options", [EQUAL, DRAWN, {**DRAWN, "top_k": 9, "top_p": 0.8}], ids=["greedy", "drawn", "cut"])
+@pytest.mark.parametrize("rows", CASES.values(), ids=CASES.keys())
+def test_shared_is_plain(rows, options):
+    model = tiny_model().double()
+    torch.manual_seed(1)
+    plain = plain_sample(model, rows, [EOS], PAD, **options)
+    torch.manual_seed(1)
+    shared = shared_sample(model, rows, [EOS], PAD, **options)
+    assert [ids.tolist() for ids in shared] == [ids.tolist() for ids in plain]
+
+
+@pytest.mark.parametrize("limit", [1, 40, 90])
+def test_texts_may_be_read_in_any_portions(limit, monkeypatch):
+    model, rows = tiny_model().double(), CASES["ragged"]
+    plain = plain_sample(model, rows, [EOS], PAD, **EQUAL)
+    monkeypatch.setitem(lse.READ_AT_ONCE, "cpu", limit)
+    shared = shared_sample(model, rows, [EOS], PAD, **EQUAL)
+    assert [ids.tolist() for ids in shared] == [ids.tolist() for ids in plain]
+
+
+@pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"num_key_value_heads": 1}], ids=["full", "one head"])
+def test_any_number_of_key_heads(options):
+    model, rows = tiny_model(**options).double(), CASES["ragged"]
+    plain = plain_sample(model, rows, [EOS], PAD, **EQUAL)
+    assert [ids.tolist() for ids in shared_sample(model, rows, [EOS], PAD, **EQUAL)] == [ids.tolist() for ids in plain]
+
+
+def test_absolute_positions_count_no_padding():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=FIRST + WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+    model, rows = GPT2LMHeadModel(config).eval().double(), CASES["ragged"]
+    plain = plain_sample(model, rows, [EOS], PAD, **EQUAL)
+    assert [ids.tolist() for ids in shared_sample(model, rows, [EOS], PAD, **EQUAL)] == [ids.tolist() for ids in plain]
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+def test_greedy_tokens_are_the_best_in_any_precision(dtype, near):
+    """Their naive logits are the highest, up to the rounding."""
+    model = tiny_model(initializer_range=0.15).to(dtype)
+    rows = CASES["ragged"]
+    for row, ids in zip(rows, shared_sample(model, rows, [EOS], PAD, **EQUAL)):
+        logits = model(torch.tensor([[*row, *ids.tolist()]])).logits[0, len(row) - 1 : -1].float()  # (T, V)
+        assert (logits.amax(1) - logits.gather(1, ids[:, None])[:, 0]).max() < near * logits.std()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_the_ids_drawn_score_what_the_sampler_says(temperature, monkeypatch):
+    model, rows = tiny_model(initializer_range=0.15).double(), CASES["ragged"]
+    generate, kept = model.generate, []
+
+    def with_scores(ids, **options):
+        out = generate(ids, **options, output_scores=True, return_dict_in_generate=True)
+        kept.append(torch.stack(out.scores, 1).log_softmax(-1))  # (R, T, V)
+        return out.sequences
+
+    monkeypatch.setattr(model, "generate", with_scores)
+    drawn = shared_sample(model, rows, [EOS], PAD, **{**DRAWN, "temperature": temperature})
+    for row, ids, scores in zip(rows, drawn, kept[0]):
+        logits = model(torch.tensor([[*row, *ids.tolist()]])).logits[0, len(row) - 1 : -1] / temperature
+        naive = logits.log_softmax(-1).gather(1, ids[:, None])
+        torch.testing.assert_close(scores[: len(ids)].gather(1, ids[:, None]).double(), naive, atol=1e-5, rtol=0)
+
+
+def test_a_row_may_end_at_once():
+    """Rows whose first token is the end of sequence, beside some that go on."""
+    model, rows = tiny_model().double(), CASES["ragged"]
+    firsts = [int(ids[0]) for ids in plain_sample(model, rows, [], PAD, **EQUAL)]
+    eos = [firsts[0]]
+    shared = shared_sample(model, rows, eos, PAD, **EQUAL)
+    plain = plain_sample(model, rows, eos, PAD, **EQUAL)
+    assert [ids.tolist() for ids in shared] == [ids.tolist() for ids in plain]
+    assert shared[0].tolist() == eos and max(map(len, shared)) > 1
+    everything = shared_sample(model, rows, list(range(FIRST + WORDS)), PAD, **EQUAL)
+    assert [len(ids) for ids in everything] == [1] * len(rows)
+
+
+def test_each_level_is_computed_once_and_held_once(monkeypatch):
+    model, rows, new = tiny_model(eos_token_id=None), CASES["ragged"], 10
+    seen, caches = [], []
+    generate = model.generate
+
+    def watched(ids, **options):
+        seen.append("sampled")
+        caches.append(options["past_key_values"])
+        return generate(ids, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    shared_sample(model, rows, [], PAD, **EQUAL)
+    read = seen[: seen.index("sampled")]
+    # The head; what four prompts go on with but for their last token, padded to the longest; the fifth has no more.
+    assert read == [25, 4 * 12]
+    assert seen[len(read) + 1 :] == [len(rows)] * new
+    for layer in caches[0].layers:
+        (common, _), (prompt, _) = layer.above
+        assert common.shape == (2, 25, 8) and prompt.shape == (2 * 5, 12, 8)
+        assert layer.keys.shape == (2 * len(rows), new, 8)
+
+
+def test_prompts_are_read_without_a_mask(monkeypatch):
+    """None, or a causal bias, which is no matrix: with a mask written out 16k tokens take 100 GB."""
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **options):
+        masks.append(type(attn_mask).__name__)
+        return attend(*args, attn_mask=attn_mask, **options)
+
+    class Watched:
+        scaled_dot_product_attention = staticmethod(watched)
+        pad = staticmethod(torch.nn.functional.pad)
+
+    monkeypatch.setattr(lse, "F", Watched)
+    shared_sample(tiny_model(), CASES["ragged"], [EOS], PAD, **EQUAL)
+    assert masks == ["NoneType"] * 2 + ["CausalBias"] * 2  # per layer: the head, then what follows it
+
+
+def test_the_common_keys_are_repeated_for_one_layer_at_a_time():
+    """What a layer keeps after reading are the prompts' own keys; the common ones are those it was given."""
+    common = (torch.randn(2, 50, 8), torch.randn(2, 50, 8))
+    layer = PromptLayer(common)
+    own = torch.randn(3, 2, 4, 8)
+    layer.update(own, own)
+    out = layer.attend(torch.randn(3, 4, 4, 8), 8**-0.5)
+    assert out.shape == (3, 4, 4, 8) and layer.get_seq_length() == 50
+    held = [x for x in (*layer.common, *layer.read)]
+    assert sum(x.untyped_storage().nbytes() for x in held) == 4 * (2 * 2 * 50 * 8) + 4 * (2 * 3 * 2 * 4 * 8)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(1, 0.9), (5, 0.5), (20, 0.95), (200, 0.9), (5, 0.0), (7, 1.0)])
+@pytest.mark.parametrize("step", [0, 0.5, 4.0, 100.0], ids=["no ties", "some ties", "many", "all"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_cheap_filters_keep_the_same_tokens(top_k, top_p, step, temperature):
+    """Logits tie where they are rounded, as in bf16. Which of those are kept is up to the sort; how many is not."""
+    torch.manual_seed(0)
+    logits = torch.randn(50, 128) * 3
+    if step:
+        logits = (logits / step).round() * step
+    theirs = LogitsProcessorList(
+        [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
+    )
+    ours = TopKTopP(temperature, top_k, top_p)
+    found, expected = ours(None, logits.clone()), theirs(None, logits.clone())
+    assert torch.equal(found.sort(1).values, expected.sort(1).values)
+    assert torch.equal(found[found > -torch.inf], (logits / temperature)[found > -torch.inf])
+    if not step:
+        assert torch.equal(found, expected)
+
+
+def test_only_needless_sorting_is_replaced():
+    for kept in (EQUAL, DRAWN, {**DRAWN, "top_k": 5}, {**DRAWN, "top_p": 0.5}):
+        assert lse.cheap_filters(kept) == kept
+    cut = lse.cheap_filters({**DRAWN, "top_k": 5, "top_p": 0.5})
+    assert (cut["temperature"], cut["top_k"], cut["top_p"]) == (1.0, 0, 1.0) and len(cut["logits_processor"]) == 1
+
+
+# --- models that cannot share -----------------------------------------------------------------------------------------
+
+
+def odd_models() -> dict:
+    torch.manual_seed(0)
+    small = {"vocab_size": FIRST + WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    small |= {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+    softcap = Gemma2Config(**small, layer_types=["full_attention"] * 2, attn_implementation="eager")
+    sinks = GptOssConfig(**small, layer_types=["full_attention"] * 2, num_local_experts=2, num_experts_per_tok=1)
+    return {
+        "softcap": Gemma2ForCausalLM(softcap).eval(),
+        "sinks": GptOssForCausalLM(sinks).eval(),
+        "window": tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    }
+
+
+@pytest.mark.parametrize("kind", ["softcap", "sinks", "window"])
+def test_what_cannot_share_is_seen_or_raises_and_is_sampled_plainly(kind, monkeypatch):
+    model = odd_models()[kind]
+    local = LocalModel(model, tiny_tokenizer())
+    before = model.config._attn_implementation
+    assert not local.share
+    with pytest.raises(NotImplementedError, match="cannot share"):
+        shared_sample(model, CASES["ragged"], [EOS], PAD, **EQUAL)
+    assert model.config._attn_implementation == before
+    expected = [s.ids.tolist() for (s,) in local.sample(ragged_chats(), temperature=0, max_new_tokens=6)]
+    monkeypatch.setattr(lse, "can_share", lambda model: True)  # overlooked
+    local = LocalModel(model, tiny_tokenizer())
+    with pytest.warns(UserWarning, match="each row is computed by itself"):
+        found = [s.ids.tolist() for (s,) in local.sample(ragged_chats(), temperature=0, max_new_tokens=6)]
+    assert found == expected and not local.share
+
+
+def test_ordinary_models_share():
+    assert lse.can_share(tiny_model())
+    assert lse.can_share(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)))
+
+
+def test_keys_changed_on_their_way_are_an_error():
+    """DiffLlama, for one, halves the values after the cache has handed them out."""
+    layer = RowLayer(None, None, None, 0, 4)
+    keys, values = layer.update(torch.randn(3, 2, 1, 8), torch.randn(3, 2, 1, 8))
+    query = torch.randn(3, 4, 1, 8)
+    out, _ = lse.levels_attention(None, query, keys, values, None)
+    assert out.shape == (3, 1, 4, 8) and not layer.ignored
+    for odd in ({"key": keys * 2}, {"value": values * 2}, {"attention_mask": torch.ones(3, 1, 1, 1)}, {"s_aux": keys}):
+        arguments = {"query": query, "key": keys, "value": values, "attention_mask": None, **odd}
+        with pytest.raises(NotImplementedError, match="cannot share"):
+            lse.levels_attention(None, **arguments)
 
 
 # --- sampler equals scorer -------------------------------------------------------------------------------------------
@@ -318,8 +574,38 @@ def test_a_batch_never_exceeds_the_token_budget(budget, monkeypatch):
     local = LocalModel(model, tiny_tokenizer(), max_batch_tokens=budget)
     local.sample(chats, n=2, max_new_tokens=new)
     assert sum(len(ids) for ids, _ in calls) == 2 * len(chats)
-    for ids, _ in calls:
-        assert len(ids) * (ids.shape[1] + new) <= budget or len(ids) == 1
+    for ids, options in calls:
+        assert len(ids) * (options["attention_mask"].shape[1] + new) <= budget or len(ids) == 1
+
+
+def test_a_batch_is_as_large_as_the_memory(monkeypatch):
+    model, rows = tiny_model(), CASES["ragged"]
+    sizes = []
+    for room in (10**9, 10**5, 5 * 10**4, 1):
+        monkeypatch.setattr(lse, "bytes_free", lambda model, room=room: room)
+        found = lse.batches(model, rows, 10, True)
+        assert [row for batch in found for row in batch] == rows
+        sizes.append([len(batch) for batch in found])
+    assert sizes[0] == [len(rows)] and sizes[-1] == [1] * len(rows)
+    assert 1 < len(sizes[1]) < len(sizes[2]) < len(sizes[3])
+    assert all(size % 3 == 0 for size in sizes[1])  # a prompt's rows stay together
+
+
+def test_sharing_makes_room_for_more_rows(monkeypatch):
+    model = tiny_model()
+    rows = rows_of(*[(some_ids(0, 400) + some_ids(i, 4), 4) for i in range(8)])
+    monkeypatch.setattr(lse, "bytes_free", lambda model: 10**6)
+    assert len(lse.batches(model, rows, 10, True)) < len(lse.batches(model, rows, 10, False))
+
+
+def test_a_batch_ends_with_its_schema(monkeypatch):
+    """Two schemas of 4,000 tokens: in one batch, each prompt would have to read the whole of its own."""
+    schemas = [[FIRST + i] + some_ids(i, 4000) for i in range(2)]
+    rows = rows_of(*[(schema + some_ids(i, 20), 2) for schema in schemas for i in range(20)])
+    monkeypatch.setattr(lse, "bytes_free", lambda model: 10**15)
+    assert [len(batch) for batch in lse.batches(tiny_model(), rows, 10, True)] == [40, 40]
+    few = rows_of(*[(schema, 2) for schema in schemas])  # alone behind its schema, a prompt loses nothing
+    assert [len(batch) for batch in lse.batches(tiny_model(), few, 10, True)] == [4]
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch):
@@ -367,6 +653,7 @@ def test_mode_and_config_come_back_after_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="device lost"):
         LocalModel(model, tiny_tokenizer()).sample([user("w1")])
     assert model.training and model.generation_config is kept
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_one_seed_one_result():

@@ -166,7 +166,8 @@ def test_before_and_after_are_the_base_and_the_editor_on_unseen_domains(small, b
     for name, model in (("untrained", solver), ("trained", editor)):
         again, trees = train.evaluate(task, solver, model, s, "", ALONE)
         assert again == results[name]
-        saved = {file.stem: EvolutionTree.load(file, data.Answer).nodes for file in (tmp_path / "run/trees").glob("*.json")}
+        files = (tmp_path / "run/trees").glob("*.json")
+        saved = {file.stem: EvolutionTree.load(file, data.Answer).nodes for file in files}
         assert ({d: tree.nodes for d, tree in trees.items()} == saved) == (name == "trained")
         assert set(trees) == set(task.domains("test"))
 

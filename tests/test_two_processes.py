@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from tiny import SETTINGS, flags, log_lines, luck, small_world
+from tiny import SETTINGS, log_lines, luck, small_world
 
 import data
 import evolve

@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the four files
 
-from data import COLUMNS, QUESTIONS, ROWS, WORDS, Answer, Mini, mini_chat, mini_sql
+from data import COLUMNS, QUESTIONS, ROWS, WORDS, Answer, Mini, glossary_text, mini_chat, mini_sql
 from lse import LocalModel
 
 Chat = list[dict[str, str]]
@@ -79,6 +79,8 @@ class Pupil:
     optimizer: torch.optim.AdamW
     rng: random.Random
 
+    # Warmed up over the first 30 steps, and falling only in the last lesson: a model that still has to find out how to
+    # look things up needs a high rate, and 4e-3 was too high.
     def set_lr(self, share: float) -> None:
         """The learning rate, as a share of its highest value."""
         self.optimizer.param_groups[0]["lr"] = 2e-3 * min(1, share)
@@ -93,6 +95,7 @@ class Mastery:
         self.share = 0.0
 
     def note(self, right: float) -> None:
+        """Take in the share of rows, from 0 to 1, that came out right in one step."""
         self.share = 0.8 * self.share + 0.2 * right
         if self.share > self.enough:
             self.size += 1
@@ -169,6 +172,7 @@ def lookup(task: Mini, solver: LocalModel) -> float:
 
     On the holdouts of the dev domains, which neither training nor the evaluation sees.
     """
+    # All in one batch. Greedy, since the solver of the miniature answers greedily in a run, too.
     chats, problems = [], []
     for domain in task.domains("dev"):
         instructions = glossary_text(task.glossary(domain))
@@ -254,7 +258,7 @@ def recall_row(rng: random.Random, size: int, length: int) -> Chat:
 
 def solve_row(rng: random.Random, size: int, questions: int = 8) -> Chat:
     """A solver's chat of several turns. A quarter of the words asked for do not stand in its glossary of `size`."""
-    strangers = max(1, size // 3)
+    strangers = max(1, size // 3)  # words that are asked for and have no entry
     words = rng.sample(WORDS, min(len(WORDS), size + strangers))
     glossary = dict(zip(words, rng.choices(COLUMNS, k=size)))
     turns = []
@@ -288,13 +292,16 @@ def edit_row(rng: random.Random, task: Mini, noisy: bool, k: int = 4, most_known
     if noisy:
         known = add_errors(rng, known, truth)
         quality = draw_quality(rng)
+    # What it keeps of the old entries,
     edit = {}
     for word, column in known.items():
         if rng.random() < quality.keep:
             edit[word] = column
+    # and what it makes of each graded problem.
     summary = []
     for word in rng.choices(sorted(truth), k=k):
         question = mini_question(rng, word)
+        # The solver knows what the old entries say. For any other word it writes SQL that fails.
         gold = mini_sql(question, truth[word])
         answer = mini_sql(question, known.get(word, word))
         summary.append(Answer("", question, "", answer, gold, answer == gold))
@@ -353,11 +360,6 @@ def mini_answer(question: str, glossary: dict[str, str]) -> str:
         column = glossary[word]
         return f"{word} {column} <answer> {mini_sql(question, column)} </answer>"
     return f"{word} none <answer> {mini_sql(question, word)} </answer>"
-
-
-def glossary_text(glossary: dict[str, str]) -> str:
-    """A glossary as instructions: one line per word."""
-    return "\n".join(f"{word} {column}" for word, column in glossary.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
