@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 
@@ -78,7 +77,31 @@ SIZES: dict[str, Any] = dict(
     use_mamba_kernels=False,
 )
 # What some architectures need besides.
-MORE: dict[str, dict[str, Any]] = {}
+BOTH = ["linear_attention", "full_attention"]
+MORE: dict[str, dict[str, Any]] = {
+    # of both kinds of layers, of which the usual two would be one
+    "bamba": dict(attn_layer_indices=[1]),
+    "granitemoehybrid": dict(layer_types=BOTH),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
+    "kimi_linear": dict(layer_types=BOTH, num_key_value_heads=4, linear_head_dim=8, linear_num_heads=4),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "nemotron_h": dict(layers_block_type=[*BOTH, "mlp"], ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=16,
+                       n_groups=1, chunk_size=8, initializer_range=0.1),
+    "qwen3_5_text": dict(layer_types=BOTH),
+    "qwen3_next": dict(layer_types=BOTH),
+    "recurrent_gemma": dict(num_hidden_layers=3, attention_window_size=16),
+    "zamba2": dict(layers_block_type=["linear_attention", "hybrid"], hybrid_layer_ids=[1], n_mamba_heads=4,
+                   mamba_headdim=16, kv_channels=8, attention_head_dim=16, chunk_size=8, num_key_value_heads=4),
+    # sizes under names of their own
+    "codegen": dict(rotary_dim=8),
+    "deepseek_v3": dict(num_key_value_heads=4, head_dim=4),
+    "gemma4_text": dict(vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_global_key_value_heads=2),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=16),
+    "gptj": dict(rotary_dim=8),
+    "mamba2": dict(num_heads=4, head_dim=16, state_size=8, chunk_size=8, n_groups=1),
+    "xlstm": dict(chunk_size=8, qk_dim_factor=0.5, v_dim_factor=1.0, num_heads=4),
+}
 
 
 def tiny(kind: str, attention: str | None = None):
