@@ -49,9 +49,10 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils import cached_file
 
 from data import Answer, Problem, extract_tag, load_task, shorten
-from lse import EvolutionTree, LocalModel, Node, RemoteModel, Sample, Usage
+from lse import Check, EvolutionTree, LocalModel, Node, RemoteModel, Sample, Usage, verify
 
 # What the solver is asked: some instructions, and the problems to answer under them.
 Job = tuple[str, list[Problem]]
@@ -817,7 +818,7 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
         kind = "paper"
     elif settings.task == "mini":
         kind = "mini"
-    elif remote or torch.cuda.is_available():
+    elif not is_rehearsal(settings, remote):
         kind = "paper"
     else:
         kind = "rehearsal"
@@ -851,6 +852,11 @@ def is_possible(name: str, value: object) -> bool:
     return value >= (1 if name in AT_LEAST_ONE else 0)
 
 
+def is_rehearsal(s: Settings, remote: bool = False) -> bool:
+    """Whether this is a real task without a GPU: a run whose outcome says nothing, unless the models run elsewhere."""
+    return s.task != "mini" and not remote and not torch.cuda.is_available()
+
+
 def solver_sampling(s: Settings) -> dict:
     """How the solver samples, as arguments of `model.sample`."""
     return dict(
@@ -878,8 +884,6 @@ def editor_sampling(s: Settings) -> dict:
 MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and editor, ready made
 # Parameters. Below that a GPU is slower than a CPU, and more than 4 threads are slower than 4.
 TINY = 10_000_000
-# Layers whose cache prompts can share.
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
@@ -895,12 +899,6 @@ def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu else torch.float32
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-        odd = set(layers) - set(ATTENTION)
-        if odd:
-            raise ValueError(
-                f"its layers of {', '.join(odd)} have no cache that prompts could share: choose another"
-            )
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
             if gpu:  # once more: rounding to bf16 cannot be undone
@@ -958,6 +956,35 @@ def open_model(name: str, served: str, s: Config) -> Model:
             raise
         first = served
     return RemoteModel(name, served or first)  # with the patience that hours of work deserve
+
+
+def check_models(
+    task, problems: list[Problem], solver, editor, s: Settings, checkpointing: bool = False
+) -> dict[str, Check]:
+    """Whether local models draw from what they compute (lse.verify), on prompts of this run: {role: what was found}.
+
+    A small batch per model, before all else: it takes about as long as a few answers. `checkpointing`: the editor
+    learns in train mode. Behind a server nobody can look.
+    """
+    seed = task.seed_instructions
+    by_length = sorted(problems, key=lambda problem: len(problem.question))
+    asked = [task.solve_chat(seed, problem) for problem in (by_length[0], by_length[-1])]
+    summary = [Answer("", p.question, p.gold, p.gold, p.gold, True) for p in problems[: s.k]]
+    shown = []
+    for answers in (summary[:1], summary):
+        shown.append(edit_chat(task, editor, seed, answers, s.max_prompt_tokens)[0])
+    checks = {}
+    if isinstance(solver, LocalModel):
+        checks["solver"] = verify(solver, asked, new=min(32, s.solver_tokens))
+    if isinstance(editor, LocalModel):
+        new = min(32, s.editor_tokens)
+        checks["editor"] = verify(editor, shown, new=new, checkpointing=checkpointing)
+    return checks
+
+
+def check_text(checks: dict[str, Check]) -> str:
+    """What was found, a line for each model; "" where both are on servers."""
+    return "\n".join(f"Check of the {role}: {check}." for role, check in checks.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1133,14 +1160,72 @@ def save_text(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+# Files that say how the weights of a checkpoint are to be read, and its text.
+KEPT = ["config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json"]
+KEPT += ["special_tokens_map.json", "chat_template*", "*.model", "*.tiktoken"]
+
+
 def save_model(model: LocalModel, folder: Path) -> None:
-    """A folder that `from_pretrained` loads, tokenizer included."""
+    """A folder that `from_pretrained` loads and understands as we do, under versions 4 and 5 of transformers.
+
+    Only the weights are new. The other files are those of the checkpoint that the model was loaded from: what version 5
+    writes in their place is another model to version 4. A model made in memory has none; there both spellings are
+    written.
+    """
+    source = source_folder(model.source)
 
     def save(temporary: Path) -> None:
         model.model.save_pretrained(temporary)
-        model.tokenizer.save_pretrained(temporary)
+        if source is None:
+            model.tokenizer.save_pretrained(temporary)
+            spell_for_old_readers(temporary)
+            return
+        for name in ("config.json", "generation_config.json"):
+            (temporary / name).unlink(missing_ok=True)
+        for pattern in KEPT:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, temporary / file.name)
 
     atomic_write(folder, save)
+
+
+def source_folder(name: str) -> Path | None:
+    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here."""
+    try:
+        return Path(cached_file(name, "config.json", local_files_only=True)).parent
+    except OSError:
+        return None
+
+
+def spell_for_old_readers(folder: Path) -> None:
+    """Write into a checkpoint of transformers 5 what transformers 4 looks for.
+
+    Version 5 writes the RoPE base into "rope_parameters", which version 4 does not know: it would silently take 10,000.
+    Its tokenizer class "TokenizersBackend" does not exist there, nor may "extra_special_tokens" be a list.
+    """
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope:  # two bases, as in Gemma 3
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {name: rope[name] for name in rope if name != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    tokenizer_file = folder / "tokenizer_config.json"
+    config = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.pop("is_local", None)  # how it was loaded here: no property of it
+    config.pop("local_files_only", None)
+    tokenizer_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def nearest(path: Path) -> Path:
@@ -1240,7 +1325,8 @@ def restore_trees(
 
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
-    s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
+    remote = "://" in s.solver and "://" in s.editor
+    s = with_presets(s, remote)
     task = load_task(s.task, s.data or None)
     out = Path(s.out or f"runs/{s.task}-evolve")
     domains = pick_domains(task, s.domains)
@@ -1258,22 +1344,37 @@ def main(s: Config) -> None:
     if s.dry_run:
         print("A dry run: no model was asked, nothing was written.")
         return
+    checks = check_models(task, splits[domains[0]]["pool"], solver, editor, s)
+    print(check_text(checks), flush=True)
     if s.compare:
         compare(task, domains, solver, editor, s, out)
         return
-    save = partial(save_trees, out / "trees")
+
+    def save(trees: dict[str, EvolutionTree]) -> None:
+        save_trees(out / "trees", trees)
+        edit_outcome(editor, s, remote)
+
     if not trees:
         started = time.time()
         trees = seed_trees(task, domains, solver, s)
+        print(seed_outcome(solver, trees, s, remote), flush=True)
         save(trees)  # from here on, a kill costs a round at most
         left = count_calls(len(trees), s)[0] - solver.usage.answers
         print(pace_text(solver, time.time() - started, left), flush=True)
     bar = f"{s.method} {rule}"
     evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=bar)
-    finish(task, trees, solver, editor, s, out)
+    finish(task, trees, solver, editor, s, out, checks)
 
 
-def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out: Path) -> None:
+def finish(
+    task,
+    trees: dict[str, EvolutionTree],
+    solver,
+    editor,
+    s: Config,
+    out: Path,
+    checks: dict[str, Check],
+) -> None:
     """Test, save, and say what came out: the trees, the optimistic and the honest number, the cost."""
     holdout = {domain: (tree.nodes[0].scores, tree.best().scores) for domain, tree in trees.items()}
     results: dict[str, Any] = {"config": asdict(s)}
@@ -1281,7 +1382,7 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
     results["holdout"] = gains(holdout)
     if s.test:
         results["test"] = gains(final_test(task, trees, solver, s))
-    results["cost"] = {"solver": cost(solver.usage), "editor": cost(editor.usage)}
+    results |= account(trees, solver, editor, checks)
     save_text(out / "results.json", json.dumps(results, indent=1))
     shown = dict(list(trees.items())[:20])
     write_report(out / "report.html", shown, f"{s.task}: {s.method}")
@@ -1296,11 +1397,41 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
     print(gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over))
     if s.test:
         print(gain_text("Test (never touched before)", results["test"], over))
+    print(account_text(results, s))
+    print(f"Saved in {out}: trees/, results.json, report.html.")
+
+
+def account(trees: dict[str, EvolutionTree], solver, editor, checks: dict[str, Check]) -> dict:
+    """What both scripts say at the end besides their scores, as it stands in results.json."""
+    return {
+        "cost": {"solver": cost(solver.usage), "editor": cost(editor.usage)},
+        "check": {role: asdict(check) for role, check in checks.items()},
+        # settings that a server turned down, with its words
+        "dropped": {
+            "solver": getattr(solver, "dropped", {}),
+            "editor": getattr(editor, "dropped", {}),
+        },
+        "never_solved": never_solved(trees),
+    }
+
+
+def account_text(results: dict, s: Settings) -> str:
+    """The same in a few lines; where most responses of a model were lost, with what helps."""
     since = " since --resume" if s.resume else ""
+    lines = []
     for role, counted in results["cost"].items():
         counts = ", ".join(f"{count:,} {name}" for name, count in counted.items())
-        print(f"Cost of the {role}{since}: {counts}")
-    print(f"Saved in {out}: trees/, results.json, report.html.")
+        lines.append(f"Cost of the {role}{since}: {counts}")
+        advice = remedy(role, counted, s)
+        if advice:
+            lines.append(advice)
+        for setting in results["dropped"][role]:
+            lines.append(f"The {role}'s server turned down {setting}: it was left out.")
+    unsolved = results["never_solved"]
+    lines.append(
+        f"Holdout problems that no candidate ever solved: {unsolved['problems']} of {unsolved['of']}"
+    )
+    return "\n".join(lines)
 
 
 def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
@@ -1333,6 +1464,80 @@ def cost(usage: Usage) -> dict[str, int]:
     }
 
 
+def never_solved(trees: dict[str, EvolutionTree]) -> dict[str, int]:
+    """How many holdout problems nobody ever answered rightly, under no node of their domain's tree."""
+    problems = total = 0
+    for tree in trees.values():
+        columns = zip(*(node.scores for node in tree.nodes if node.scores is not None))
+        for scores in columns:  # of one problem, under all nodes
+            total += 1
+            problems += max(scores) == 0
+    return {"problems": problems, "of": total}
+
+
+def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
+    """What helps where more than half of a model's responses were lost; "" where they were not."""
+    half = counted["answers"] / 2
+    if counted["failed"] > half:
+        return f"Most of what the {role} was asked for never came: look into the log of its server."
+    if counted["cut"] > half:
+        limit = s.solver_tokens if role == "solver" else s.editor_tokens
+        return (
+            f"Most of what the {role} wrote was cut off at {limit:,} tokens: give it more by --{role}-tokens, "
+            "or switch its thinking off where it is served."
+        )
+    if counted["unreadable"] > half:
+        return (
+            f"In most of what the {role} wrote there was nothing to read: try another model (--{role}) or "
+            f"more --{role}-tokens, or ask for an answer in tags in the seed instructions."
+        )
+    return ""
+
+
+def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings, remote: bool = False) -> str:
+    """How the answers under the seed instructions turned out, and what helps if most are lost.
+
+    SystemExit if not one can be used: the run would go on for hours and learn nothing.
+    """
+    counted = cost(solver.usage)
+    text = (
+        "The {answers:,} answers under the seed instructions: {failed:,} failed, {cut:,} cut off, "
+        "{unreadable:,} with nothing to read."
+    ).format(**counted)
+    lost = counted["failed"] + counted["unreadable"]
+    if all(tree.nodes[0].score == 0 for tree in trees.values()):
+        # not every grader says that it could read nothing
+        lost = max(lost, counted["failed"] + counted["cut"])
+    stop_if_lost("solver", lost, counted, s, remote)
+    return f"{text} {remedy('solver', counted, s)}".strip()
+
+
+def edit_outcome(editor, s: Settings, remote: bool = False) -> str:
+    """What helps if most edits are lost, "" if they are not. SystemExit if not one can be used, of ten or more."""
+    counted = cost(editor.usage)
+    if counted["answers"] >= 10:
+        stop_if_lost("editor", counted["failed"] + counted["unreadable"], counted, s, remote)
+    return remedy("editor", counted, s)
+
+
+def stop_if_lost(role: str, lost: int, counted: dict[str, int], s: Settings, remote: bool) -> None:
+    """SystemExit, with what helps, if all that a model has been asked for is lost. A rehearsal goes on."""
+    if 0 < counted["answers"] <= lost and not is_rehearsal(s, remote):
+        raise SystemExit(
+            "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, {cut:,} cut off, "
+            "{unreadable:,} with nothing to read), so the run stops here. ".format(role=role, **counted)
+            + remedy(role, counted, s)
+        )
+
+
+def total(usages: list[Usage]) -> Usage:
+    """What several models, or one in several processes, were asked for."""
+    out = Usage()
+    for each in fields(Usage):
+        setattr(out, each.name, sum(getattr(usage, each.name) for usage in usages))
+    return out
+
+
 def gain_text(label: str, part: dict, over: str) -> str:
     """The outcome of `gains` in one line."""
     error = math.nan if part["stderr"] is None else part["stderr"]
@@ -1356,10 +1561,13 @@ def start(main: Callable, config: type, doc: str) -> None:
     try:
         main(command_line(config, doc))
     except (ValueError, OSError) as error:  # wrong paths and values, a lost server, a full disk
-        remedy = ""
+        way_out = ""
         if getattr(error, "errno", 0) in DISK_ERRORS:
-            remedy = ": make room or give access, then go on with --resume"
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}{remedy}") from None
+            way_out = ": make room or give access, then go on with --resume"
+        # a server that was lost on the way; of one that was never there another path is named
+        if isinstance(error, ConnectionError) and "/chat/completions failed" in str(error):
+            way_out = ".\nWhat is finished is saved: the same command with --resume goes on"
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}{way_out}") from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(
             f"{error} Try a smaller --max-batch-tokens; to train, --gradient-checkpointing and "

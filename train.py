@@ -43,14 +43,7 @@ import data
 import evolve
 from data import Answer, Problem
 from evolve import Edit, Settings, option
-from lse import (
-    INVALID_REWARD,
-    MasterAdamW,
-    advantages,
-    delta_reward,
-    group_logprobs,
-    policy_loss,
-)
+from lse import INVALID_REWARD, Check, MasterAdamW, advantages, delta_reward, policy_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
@@ -158,7 +151,7 @@ def train_step(
     editor.model.train(s.gradient_checkpointing)
     surprise = 0.0
     for groups, group_weights in micro_batches(rollouts, my_weights, s.micro_batch):
-        logps = sum(group_logprobs(editor.model, groups), [])  # one tensor (T,) per edit
+        logps = sum(editor.group_logprobs(groups), [])  # one tensor (T,) per edit
         policy_loss(logps, group_weights.flatten(), n_tokens).backward()
         surprise -= sum(float(logp.detach().sum()) for logp in logps)
     if processes > 1:
@@ -249,8 +242,13 @@ class Progress:
     noise: float | None = None  # standard deviation of the reward when nothing is edited
 
 
-def reinforce(task, solver, editor, s: Config, out: Path, accelerator: Accelerator) -> Progress:
-    """The RL loop, from the last checkpoint if there is one. Another --steps stretches the schedule."""
+def reinforce(
+    task, solver, editor, s: Config, out: Path, accelerator: Accelerator, check: Check
+) -> Progress:
+    """The RL loop, from the last checkpoint if there is one. Another --steps stretches the schedule.
+
+    `check` is what was found of the editor; its figure stands in the first line of the log.
+    """
     optimizer = MasterAdamW(editor.model, lr=s.lr)
     progress = Progress()
     if s.resume:
@@ -272,6 +270,8 @@ def reinforce(task, solver, editor, s: Config, out: Path, accelerator: Accelerat
         line, rollouts = train_step(
             task, solver, editor, optimizer, progress.pool, s, step, accelerator
         )
+        if step == 0:
+            line["sampler_error"] = check.error
         # JSON knows no NaN: it becomes None.
         progress.lines.append(json.loads(json.dumps(line), parse_constant=lambda _: None))
         if main_process:
@@ -338,11 +338,15 @@ def grow_states(
     started = time.time()
     trees = evolve.seed_trees(task, mine, solver, own)
     if step == 0:  # the first real work of a run
+        accelerator.print(evolve.seed_outcome(solver, trees, s), flush=True)
         answers, _ = count_calls(s, len(task.domains("train")), len(task.domains("test")))
         left = answers // accelerator.num_processes - solver.usage.answers
         accelerator.print(evolve.pace_text(solver, time.time() - started, left), flush=True)
     bar = "1. growing trees" if accelerator.is_main_process else ""
     evolve.evolve_all(task, trees, solver, editor, own, s.search, progress=bar)
+    advice = evolve.edit_outcome(editor, s)
+    if step == 0 and advice:
+        accelerator.print(advice, flush=True)
     states = []
     for domain, tree in trees.items():
         best = tree.best().score
@@ -448,6 +452,7 @@ def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
     if is_usual_run(results["config"]):
         print(f"  {EXPECT}")
     print(worth_of_edits(trees))
+    print(evolve.account_text(results, Config(**results["config"])))
     if results["skipped_steps"]:
         print(f"{results['skipped_steps']} steps were skipped: no finite gradient.")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
@@ -703,16 +708,23 @@ def main(s: Config) -> dict | None:
     if s.gradient_checkpointing:
         editor.model.activation_checkpointing_enable()
 
+    splits = evolve.split_problems(task.problems(train[0]), training_splits(s, s.seed))
+    checks = evolve.check_models(
+        task, splits["pool"], solver, editor, s, s.gradient_checkpointing
+    )
+    accelerator.print(evolve.check_text(checks), flush=True)
+
     # 1. Start states, and 2. reinforcement learning on them.
-    progress = reinforce(task, solver, editor, s, out, accelerator)
+    progress = reinforce(task, solver, editor, s, out, accelerator, checks["editor"])
     if accelerator.is_main_process:
         evolve.save_model(editor, out / "editor")
     clocks.append(time.time())
 
     # 3. Before and after, on domains that training never saw.
-    base = solver  # in both roles, unless the solver is another model
+    base = evolve.twin(solver)  # in both roles, unless the solver is another model
     if s.solver:
         base = evolve.load_model(name, s.max_batch_tokens)
+        base.share = editor.share
     untrained, trees_before = evaluate(task, solver, base, s, "3. untrained editor", accelerator)
     trained, trees = evaluate(task, solver, editor, s, "3. trained editor", accelerator)
     clocks.append(time.time())
@@ -722,9 +734,11 @@ def main(s: Config) -> dict | None:
         "reward_noise": progress.noise,
         "config": asdict(s),
         "skipped_steps": sum(line["skipped"] for line in progress.lines),
-        "cost": {"solver": evolve.cost(solver.usage), "editor": evolve.cost(editor.usage)},
         "seconds": {"rl": clocks[1] - clocks[0], "evaluation": clocks[2] - clocks[1]},
     }
+    solver.usage = evolve.total(gather_object([solver.usage]))
+    editor.usage = evolve.total(gather_object([editor.usage, base.usage]))
+    results |= evolve.account(trees, solver, editor, checks)
     if accelerator.is_main_process:
         finish(results, trees_before, trees, out)
     accelerator.end_training()
