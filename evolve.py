@@ -42,6 +42,8 @@ from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
 from functools import partial
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -271,10 +273,12 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
                 feedback=grade.feedback,
                 truncated=sample.truncated,
                 readable=grade.readable,
+                lenient=grade.lenient,
             )
         )
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
+        solver.usage.lenient += grade.lenient
     return answers
 
 
@@ -328,19 +332,27 @@ def context_length(model) -> int:
 
 
 def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
-    """The edit that stands in a response between `<tag>` and `</tag>`. A task may bring its own `read_edit(text)`.
+    """The edit that stands in a response between `<tag>` and `</tag>`. A task may bring its own reader.
 
-    An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none.
+    An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none. A reader that
+    needs no tags takes `cut`, and so is told.
     """
     if sample.error:
         return Edit(sample.text, None, f"no response: {sample.error}", sample)
     own_reader = getattr(task, "read_edit", None)
-    instructions = own_reader(sample.text) if own_reader else extract_tag(sample.text, tag)
+    place, end = f"in <{tag}> tags", f"before </{tag}>"
+    if own_reader is None:
+        instructions = extract_tag(sample.text, tag)
+    elif "cut" in signature(own_reader).parameters:
+        instructions = own_reader(sample.text, cut=sample.truncated)
+        place, end = "in the edit", "at the token limit"
+    else:
+        instructions = own_reader(sample.text)
     note = ""
     if instructions is None and sample.truncated:
-        note = f"cut off before </{tag}>"
+        note = f"cut off {end}"
     elif instructions is None:
-        note = f"nothing usable in <{tag}> tags"
+        note = f"nothing usable {place}"
     elif len(instructions) < 10 and not own_reader:  # the official code's rule
         note = f"{len(instructions)} characters in <{tag}> tags, fewer than 10"
         instructions = None
@@ -401,8 +413,9 @@ A model failed on problems under the instructions below. Say, in a few sentences
 led to these failures and what should change. Do not write new instructions yet.
 \n# Instructions\n{}\n\n# Failures\n{}"""
 REWRITE = """\
-Improve the instructions below with the help of the feedback. Write the full new instructions between
-<IMPROVED_VARIABLE> and </IMPROVED_VARIABLE>.\n\n# Instructions\n{}\n\n# Feedback\n{}"""
+Improve the instructions below with the help of the feedback. Write the full new instructions in tags, as in
+<IMPROVED_VARIABLE>Give every date as day, month, year.</IMPROVED_VARIABLE>.
+\n# Instructions\n{}\n\n# Feedback\n{}"""
 
 
 def propose_textgrad(task, editor, rounds: list[Round], s: Settings) -> None:
@@ -445,7 +458,8 @@ def accept_textgrad(task, solver, rounds: list[Round], s: Settings) -> None:
             r.edit.note = f"reverted: the holdout score fell {fall}"
 
 
-LESSON = "Do not rewrite them: write only the one lesson most worth adding, between <lesson> and </lesson>."
+LESSON = """Do not rewrite them: write only the one lesson most worth adding, in tags, as in
+<lesson>Give every date as day, month, year.</lesson>"""
 LESSONS = 10  # how many Reflexion remembers
 
 
@@ -510,6 +524,24 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # From the seed instructions to the last test
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, float] | None:
+    """Mean holdout scores of the seed instructions and of perfect ones: what edits can reach lies between them.
+
+    None where the task knows no perfect instructions.
+    """
+    perfect = getattr(task, "perfect_instructions", None)
+    if perfect is None:
+        return None
+    seed_draws(s.seed, 0, 2)
+    jobs = []
+    for domain in domains:
+        holdout = split_problems(task.problems(domain), s)["holdout"]
+        jobs.append((task.seed_instructions, holdout))
+        jobs.append((perfect(domain), holdout))
+    scores = [fmean(shares) for shares in score_all(task, solver, jobs, s)]
+    return fmean(scores[0::2]), fmean(scores[1::2])
 
 
 def seed_trees(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
@@ -701,8 +733,8 @@ def option(default, text: str):
 class Settings:
     """What training and test time share. A field left at None takes the task's preset below."""
 
-    task: str = option("mini", "mini, bird, mmlu or jsonl")
-    data: str = option("", "folder or file with the task's data (not for mini)")
+    task: str = option("mini", "mini, shop, bird, mmlu, jsonl, or FILE.py:CLASS of your own")
+    data: str = option("", "folder or file with the task's data (not for mini and shop)")
     # What is drawn, and how often. Problems of a domain: k + holdout + test of them at least.
     seed: int = option(0, "seed of the splits, the problem batches and all sampling")
     rounds: int | None = option(None, "T, rounds of evolution per tree")
@@ -723,6 +755,9 @@ class Settings:
     )
     max_batch_tokens: int = option(
         0, "rows x (prompt + new tokens) in one batch of local generation; 0: as many as fit in memory"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of local weights; auto: bfloat16 on a GPU, float32 on the CPU and for tiny models"
     )
     # How a script runs, and where.
     search: Literal["ucb", "chain", "best", "pareto"] = option(
@@ -771,9 +806,10 @@ class Config(Settings):
 
 @dataclass
 class Preset:
-    """What a setting left at None becomes, in three kinds of runs."""
+    """What a setting left at None becomes, in four kinds of runs."""
 
     mini: float
+    shop: float  # for real models from 135 million parameters on: two CPU cores need half an hour
     paper: float
     # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
     rehearsal: float
@@ -782,26 +818,26 @@ class Preset:
 # The miniature's solver is so sure of itself that one greedy answer loses nothing; its values are tuned on dev domains.
 # The paper keeps no test split. 30 is what a subject of MMLU-Redux (95 problems) has left for one.
 PRESETS = {
-    "rounds": Preset(mini=10, paper=25, rehearsal=2),
-    "k": Preset(mini=4, paper=10, rehearsal=2),
-    "holdout": Preset(mini=8, paper=50, rehearsal=4),
-    "test": Preset(mini=32, paper=30, rehearsal=4),
-    "samples": Preset(mini=1, paper=8, rehearsal=1),
-    "c": Preset(mini=0.3, paper=2.0, rehearsal=2.0),
-    "solver_tokens": Preset(mini=16, paper=2048, rehearsal=32),
-    "editor_tokens": Preset(mini=40, paper=4096, rehearsal=64),
-    "solver_temperature": Preset(mini=0.0, paper=0.7, rehearsal=0.7),
-    "editor_temperature": Preset(mini=0.7, paper=0.7, rehearsal=0.7),
-    "top_p": Preset(mini=0.8, paper=0.8, rehearsal=0.8),
-    "top_k": Preset(mini=20, paper=20, rehearsal=20),
+    "rounds": Preset(mini=10, shop=5, paper=25, rehearsal=2),
+    "k": Preset(mini=4, shop=4, paper=10, rehearsal=2),
+    "holdout": Preset(mini=8, shop=6, paper=50, rehearsal=4),
+    "test": Preset(mini=32, shop=12, paper=30, rehearsal=4),
+    "samples": Preset(mini=1, shop=1, paper=8, rehearsal=1),
+    "c": Preset(mini=0.3, shop=0.3, paper=2.0, rehearsal=2.0),
+    "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32),
+    "editor_tokens": Preset(mini=40, shop=64, paper=4096, rehearsal=64),
+    "solver_temperature": Preset(mini=0.0, shop=0.0, paper=0.7, rehearsal=0.7),
+    "editor_temperature": Preset(mini=0.7, shop=0.7, paper=0.7, rehearsal=0.7),
+    "top_p": Preset(mini=0.8, shop=1.0, paper=0.8, rehearsal=0.8),
+    "top_k": Preset(mini=20, shop=20, paper=20, rehearsal=20),
     # and in train.py
     # 16 states and 100 steps: on one GPU a night's work, see the README (the paper: 32 and about 500)
-    "steps": Preset(mini=120, paper=100, rehearsal=2),
-    "states": Preset(mini=24, paper=16, rehearsal=2),
-    "group": Preset(mini=4, paper=4, rehearsal=2),
-    "lr": Preset(mini=4e-4, paper=1e-5, rehearsal=1e-5),
-    "grow_every": Preset(mini=20, paper=0, rehearsal=0),
-    "grow_rounds": Preset(mini=10, paper=10, rehearsal=2),
+    "steps": Preset(mini=120, shop=40, paper=100, rehearsal=2),
+    "states": Preset(mini=24, shop=6, paper=16, rehearsal=2),
+    "group": Preset(mini=4, shop=4, paper=4, rehearsal=2),
+    "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
+    "grow_every": Preset(mini=20, shop=10, paper=0, rehearsal=0),
+    "grow_rounds": Preset(mini=10, shop=5, paper=10, rehearsal=2),
 }
 # All other numbers may be 0.
 AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")
@@ -809,15 +845,16 @@ AT_MOST_ZERO = ("invalid_reward",)
 
 
 def with_presets(settings: Settings, remote: bool = False) -> Any:
-    """The same settings with every None filled in: the miniature's values, the paper's, or without a GPU a rehearsal's.
+    """The same settings with every None filled in: the values of the miniature or the shop, the paper's, or without a
+    GPU a rehearsal's.
 
     `remote`: the models run elsewhere, so this machine needs no GPU. ValueError names what no run could work with.
     """
     paper_protocol = getattr(settings, "paper_protocol", False)
     if paper_protocol:
         kind = "paper"
-    elif settings.task == "mini":
-        kind = "mini"
+    elif settings.task in ("mini", "shop"):
+        kind = settings.task
     elif not is_rehearsal(settings, remote):
         kind = "paper"
     else:
@@ -854,7 +891,7 @@ def is_possible(name: str, value: object) -> bool:
 
 def is_rehearsal(s: Settings, remote: bool = False) -> bool:
     """Whether this is a real task without a GPU: a run whose outcome says nothing, unless the models run elsewhere."""
-    return s.task != "mini" and not remote and not torch.cuda.is_available()
+    return s.task not in ("mini", "shop") and not remote and not torch.cuda.is_available()
 
 
 def solver_sampling(s: Settings) -> dict:
@@ -886,22 +923,27 @@ MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and e
 TINY = 10_000_000
 
 
-def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
-    """A checkpoint folder or hub name: a tiny model in float32 on the CPU, another in bf16 on a GPU if there is one.
+def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto") -> LocalModel:
+    """A checkpoint folder, a hub name or a GGUF file, on the GPU if there is one; a tiny model stays on the CPU.
 
-    Of several processes each takes a GPU of its own. SystemExit says what cannot be loaded, and why.
+    `dtype` "auto" stands for bf16 on a GPU and float32 on the CPU. Of several processes each takes a GPU of its own.
+    SystemExit says what cannot be loaded, and why.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        place, file = checkpoint_place(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(place, **file)
         # half a download: transformers makes an empty one without a word
         if not tokenizer("a")["input_ids"]:
             raise ValueError("its tokenizer files are missing")
         gpu = torch.cuda.is_available()
-        dtype = torch.bfloat16 if gpu else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        wanted = dtype
+        if dtype == "auto":
+            wanted = "bfloat16" if gpu else "float32"
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, wanted), **file)
+        forget_quantization(model)
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
-            if gpu:  # once more: rounding to bf16 cannot be undone
+            if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         elif gpu:
             # here, since it joins the other processes as soon as it is made
@@ -917,6 +959,36 @@ def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
         ) from None
 
 
+def checkpoint_place(name: str) -> tuple[str, dict[str, str]]:
+    """Where a checkpoint is, as arguments of `from_pretrained`: for FOLDER/FILE.gguf the folder, and the file's name.
+
+    A folder that holds one GGUF and no config.json stands for that file. ValueError without the package that reads it.
+
+    >>> checkpoint_place("Qwen/Qwen3-0.6B")
+    ('Qwen/Qwen3-0.6B', {})
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            path = files[0]
+    if path.suffix != ".gguf":
+        return name, {}
+    if find_spec("gguf") is None:
+        raise ValueError("to read a GGUF file, `pip install gguf`")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def forget_quantization(model) -> None:
+    """Weights from a GGUF file are ordinary ones by now, but transformers would refuse to save them as quantized."""
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+
+
 def twin(model):
     """The same model for another role: it shares the weights and counts for itself."""
     other = copy(model)
@@ -927,7 +999,7 @@ def twin(model):
 def load_models(s: Config) -> tuple[Model, Model]:
     """Solver and editor. One checkpoint in both roles is loaded once. ValueError if a task needs one to be named."""
     solver_name, editor_name = s.solver, s.editor
-    trained = Path("runs", s.task, "editor")
+    trained = Path(run_folder(s.task), "editor")
     if not editor_name and trained.exists():
         editor_name = str(trained)
     if s.task == "mini":
@@ -947,7 +1019,7 @@ def load_models(s: Config) -> tuple[Model, Model]:
 def open_model(name: str, served: str, s: Config) -> Model:
     """A local model, or one on a server under the name `served`. ConnectionError if nobody answers there."""
     if "://" not in name:
-        return load_model(name, s.max_batch_tokens)
+        return load_model(name, s.max_batch_tokens, s.dtype)
     try:  # is anybody there?
         first = RemoteModel(name, timeout=20, retries=1).model
     # a server that lists no models will do, if it need not choose one
@@ -1274,6 +1346,15 @@ def open_run(s: Settings, out: Path, free: list[str], look: bool = False) -> Non
     save_text(file, json.dumps(settings, indent=1))
 
 
+def run_folder(task: str) -> str:
+    """Where a task's run is by default; FILE.py:CLASS goes by the class.
+
+    >>> run_folder("mini"), run_folder("../my.py:Quiz")
+    ('runs/mini', 'runs/Quiz')
+    """
+    return f"runs/{task.rpartition(':')[2]}"
+
+
 def tree_name(domain: str) -> str:
     """A file name for a domain of any name, another one for another domain.
 
@@ -1328,7 +1409,7 @@ def main(s: Config) -> None:
     remote = "://" in s.solver and "://" in s.editor
     s = with_presets(s, remote)
     task = load_task(s.task, s.data or None)
-    out = Path(s.out or f"runs/{s.task}-evolve")
+    out = Path(s.out or f"{run_folder(s.task)}-evolve")
     domains = pick_domains(task, s.domains)
     splits = {domain: split_problems(task.problems(domain), s) for domain in domains}
     rule = search_rule(task, s.method, s.search)
@@ -1459,6 +1540,7 @@ def cost(usage: Usage) -> dict[str, int]:
         "failed": usage.failed,
         "cut": usage.cut,
         "unreadable": usage.unreadable,
+        "read leniently": usage.lenient,
         "tokens read": usage.tokens_read,
         "tokens written": usage.tokens_written,
     }

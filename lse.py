@@ -431,6 +431,7 @@ class Usage:
     cut: int = 0  # ... that were cut off at the token limit
     # ... in which nobody could read an answer; counted by evolve.py, which knows the graders
     unreadable: int = 0
+    lenient: int = 0  # ... in which it stood where it was not asked for, without tags, say; counted there too
     tokens_read: int = 0
     tokens_written: int = 0
 
