@@ -531,7 +531,7 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, float] | None:
     """Mean holdout scores of the seed instructions and of perfect ones: what edits can reach lies between them.
 
-    None where the task knows no perfect instructions.
+    None where the task knows no perfect instructions. These answers do not count as the run's.
     """
     perfect = getattr(task, "perfect_instructions", None)
     if perfect is None:
@@ -542,7 +542,7 @@ def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, floa
         holdout = split_problems(task.problems(domain), s)["holdout"]
         jobs.append((task.seed_instructions, holdout))
         jobs.append((perfect(domain), holdout))
-    scores = [fmean(shares) for shares in score_all(task, solver, jobs, s)]
+    scores = [fmean(shares) for shares in score_all(task, twin(solver), jobs, s)]
     return fmean(scores[0::2]), fmean(scores[1::2])
 
 
@@ -1435,7 +1435,7 @@ def main(s: Config) -> None:
 
     def save(trees: dict[str, EvolutionTree]) -> None:
         save_trees(out / "trees", trees)
-        edit_outcome(editor, s, remote)
+        edit_outcome(editor, trees, s, remote)
 
     if not trees:
         started = time.time()
@@ -1594,24 +1594,45 @@ def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings, remote: b
         # not every grader says that it could read nothing
         lost = max(lost, counted["failed"] + counted["cut"])
     stop_if_lost("solver", lost, counted, s, remote)
+    if counted["read leniently"]:
+        text += f" Of the rest {counted['read leniently']:,} lack the form that was asked for, and were read."
     return f"{text} {remedy('solver', counted, s)}".strip()
 
 
-def edit_outcome(editor, s: Settings, remote: bool = False) -> str:
-    """What helps if most edits are lost, "" if they are not. SystemExit if not one can be used, of ten or more."""
+def edit_outcome(editor, trees: dict[str, EvolutionTree], s: Settings, remote: bool = False) -> str:
+    """What helps if most edits are lost, and one of them; "" if they are not.
+
+    SystemExit, with the same, if not one can be used, of ten or more.
+    """
     counted = cost(editor.usage)
+    example = rejected_edit(trees)
     if counted["answers"] >= 10:
-        stop_if_lost("editor", counted["failed"] + counted["unreadable"], counted, s, remote)
-    return remedy("editor", counted, s)
+        lost = counted["failed"] + counted["unreadable"]
+        stop_if_lost("editor", lost, counted, s, remote, example)
+    advice = remedy("editor", counted, s)
+    return advice + example if advice else ""
 
 
-def stop_if_lost(role: str, lost: int, counted: dict[str, int], s: Settings, remote: bool) -> None:
+def rejected_edit(trees: dict[str, EvolutionTree]) -> str:
+    """The newest rejected edit, shortened, and why; "" if there is none. Numbers do not show what a model writes."""
+    for domain, tree in trees.items():
+        for node in reversed(tree.nodes):
+            if node.score is None:
+                text = shorten(" ".join(printable(node.instructions).split()), 300)
+                return f"\nAn edit for {printable(domain)} ({printable(node.note)}): {text}"
+    return ""
+
+
+def stop_if_lost(
+    role: str, lost: int, counted: dict[str, int], s: Settings, remote: bool, example: str = ""
+) -> None:
     """SystemExit, with what helps, if all that a model has been asked for is lost. A rehearsal goes on."""
     if 0 < counted["answers"] <= lost and not is_rehearsal(s, remote):
         raise SystemExit(
             "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, {cut:,} cut off, "
             "{unreadable:,} with nothing to read), so the run stops here. ".format(role=role, **counted)
             + remedy(role, counted, s)
+            + example
         )
 
 
