@@ -417,7 +417,7 @@ def test_three_skipped_steps_in_a_row_stop_with_advice(small, monkeypatch, tmp_p
 
 
 def test_without_headroom_a_run_stops_before_it_starts(small, monkeypatch, tmp_path, capsys):
-    """Where nothing is ever right, perfect instructions are worth nothing; where they are worth something, it goes on."""
+    """Where nothing is ever right, perfect instructions are worth nothing; where they are not, the run goes on."""
     small_world(monkeypatch.setattr)
     monkeypatch.setattr(data.Mini, "perfect_instructions", lambda self, domain: "perfect")
     monkeypatch.setattr(data.Mini, "grade", lambda self, problem, text: data.Grade(False, text))
