@@ -525,7 +525,7 @@ class LocalModel:
             out += samples
         return out
 
-    def draw_batch(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+    def draw_batch(self, rows: Sequence[Sequence[int]], options: dict) -> list[Tensor]:
         if self.share:
             try:
                 return shared_sample(self.model, rows, self.eos, self.pad, **options)
@@ -738,7 +738,7 @@ def read_texts(
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         check_attended(model, cache)
         for i, layer in enumerate(cache.layers):
-            keys, values = layer.read  # (some, h, width, d) each
+            keys, values = layer.read  # type: ignore[union-attr]  # (some, h, width, d) each
             if len(levels) == i:
                 all_keys = keys.new_zeros(keys.shape[1], len(texts), longest, keys.shape[3])
                 all_values = values.new_zeros(*all_keys.shape[:3], values.shape[3])
@@ -762,10 +762,10 @@ class PromptLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.common is None else self.common[0].shape[1]
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
-        self.read = (keys, values)  # (B, h, P1, d) each
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
+        self.read = (key_states, value_states)  # (B, h, P1, d) each
         # Views: were they `read` itself, layer and keys would hold each other in memory.
-        return handed_out(self, keys[:], values[:])
+        return handed_out(self, key_states[:], value_states[:])
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """(B, heads, P1, d) -> (B, heads, P1, d)"""
@@ -813,8 +813,9 @@ class RowLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length + self.used
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
+        keys, values = key_states, value_states
         if self.used == 0:
             self.rows = len(keys)
             self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
@@ -861,8 +862,8 @@ class RowLayer(DynamicLayer):
 
 def handed_out(layer: DynamicLayer, keys: Tensor, values: Tensor) -> Level:
     """Marked, so that the attention function finds the layer, and sees that they are as they came from it."""
-    keys.layer = layer
-    values.layer = layer
+    for tensor in (keys, values):
+        tensor.layer = layer  # type: ignore[attr-defined]
     return keys, values
 
 
@@ -887,9 +888,9 @@ def levels_attention(
     return out.transpose(1, 2), None  # (B, Q, heads, d)
 
 
-def strange_settings(settings: dict[str, Any], known: set[str] = frozenset()) -> list[str]:
+def strange_settings(settings: dict[str, Any], known: Sequence[str] = ()) -> list[str]:
     """The names of those that may change what attention gives, in a way that is not known here."""
-    harmless = HARMLESS | known
+    harmless = HARMLESS.union(known)
     return [name for name in settings if name not in harmless and settings[name] is not None]
 
 
@@ -910,7 +911,7 @@ def attention(model, name: str) -> Iterator[None]:
 def check_attended(model, cache: Cache) -> None:
     """An attention that ignores the function asked for has seen a part of the keys only, without a word."""
     for layer in cache.layers:
-        if layer.ignored:
+        if layer.ignored:  # type: ignore[union-attr]
             name = type(model).__name__
             raise NotImplementedError(f"{name} attends in a way of its own and cannot share prompts.")
 
@@ -986,7 +987,8 @@ class Crowd:
 
     def joined_by(self, prompt: Sequence[int], rows: int) -> Crowd:
         """The batch with some rows of another prompt."""
-        prefix = len(os.path.commonprefix([self.first[: self.prefix], prompt[:-1]]))
+        both: list[Any] = [self.first[: self.prefix], prompt[:-1]]
+        prefix = len(os.path.commonprefix(both))
         longest = max(self.longest, len(prompt))
         return Crowd(self.first, prefix, longest, self.prompts + 1, self.rows + rows)
 
@@ -1113,7 +1115,7 @@ def attention_window(model) -> int:
     windows = []
     for layer in DynamicCache(config=model.config).layers:
         if getattr(layer, "sliding_window", 0):
-            windows.append(layer.sliding_window)
+            windows.append(layer.sliding_window)  # type: ignore[union-attr]
     return min(windows, default=0)
 
 
@@ -1190,7 +1192,7 @@ def shared_prompt_attention(
     sdpa = AttentionInterface()["sdpa"]
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    strange = strange_settings(kwargs, known={"scaling", "sliding_window"})  # a row fits into the window
+    strange = strange_settings(kwargs, known=("scaling", "sliding_window"))  # a row fits into the window
     if strange:
         raise NotImplementedError(f"Attention with {', '.join(strange)} cannot share prompts.")
     p = query.shape[2] - attention_mask.shape[2]
