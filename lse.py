@@ -11,9 +11,12 @@ Symbols of the paper, and the words used here
     G     edits sampled for one start state (a "group")          r     reward of an edit, R̄(c_1) − R̄(c_0)   (eq. 7)
     N     start states in a batch                                A     advantage of an edit: its weight in the gradient
     T     in shapes: tokens of a response                        C     weight of exploration in the tree's UCB rule
+(In Algorithm 1 the paper uses two of them again: N for the selections so far, T for the rounds.)
 
-Read it in order: what an edit is worth, the loss, the tree, the two models. Below the banner *From here on only
-efficiency* stands nothing new: the same log-probs and samples, computed without repeating what rows have in common.
+Read it in order: what an edit is worth, the loss, the tree, log-probs and samples the plain way, the model on this
+machine. Below the banner *From here on only efficiency* come the same samples and the same log-probs, computed without
+repeating what rows have in common; the optimizer for 16-bit weights; the check of all this on a run's own model; and
+the model behind a server.
 
 Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has
 its baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
@@ -21,6 +24,7 @@ its baseline (the score before the edit), and one update per batch keeps the edi
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -64,7 +68,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# flat, as in the official code: an edit that cannot be used, not −1 − R̄(c_0)
+# the same for all edits that cannot be used, as in the official code: not −1 − R̄(c_0)
 INVALID_REWARD = -1.0
 
 
@@ -130,9 +134,11 @@ def policy_loss(
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
     `logprobs` holds one tensor (T,) per response. `n_tokens` counts the response tokens of the WHOLE batch, so the
-    losses of its micro-batches add up. Every token weighs the same: no 1/|o| per response, which would favour long
-    failures. Without `old_logprobs` the batch is on-policy: the ratio is 1, the clip never acts, and the gradient is
-    −A ∇log p. That is all of reinforcement learning here: likelier where A > 0, less likely where A < 0.
+    losses of its micro-batches add up. Every token weighs the same: dividing by a response's own length would favour
+    long failures. The loss is that of PPO, −min(ratio A, clipped ratio A), where ratio = p / p_old for a token. With
+    one update per batch there is no older policy (`old_logprobs` None): the ratio's value is 1, the clip never acts,
+    and its gradient is that of log p, so the loss has the gradient −A ∇log p. That is all of reinforcement learning
+    here: likelier where A > 0, less likely where A < 0.
 
     >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
     >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
@@ -166,14 +172,18 @@ class Node:
     parent: int | None  # id of the node it was edited from; None for the root
     instructions: str
     score: float | None  # R̄, mean over the holdout
-    scores: list[float] | None = None  # the score of each holdout problem, for "pareto"
+    scores: list[float] | None = None  # of each holdout problem: for "pareto", and the errors of gains
     visits: int = 0  # v: how often it was selected
     summary: list[Any] = field(default_factory=list)  # S: the graded problems that the editor saw
     note: str = ""  # why an edit was rejected
 
 
 class EvolutionTree:
-    """All versions of the instructions, and which one to edit next. Ties go to the newest node, in every rule."""
+    """All versions of the instructions, and which one to edit next.
+
+    Among equals the oldest wins, in `best` and in every rule but "chain", which is the newest by its name: an edit must
+    be strictly better to take the place of what it edited, and where no edit was, the seed instructions are the best.
+    """
 
     def __init__(
         self, instructions: str, score: float | None, scores=None, c: float = 2.0, summary=None
@@ -187,7 +197,7 @@ class EvolutionTree:
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
         if rule == "ucb":
-            chosen = max(self.scored(), key=lambda node: (self.upper_bound(node), node.id))
+            chosen = max(self.scored(), key=self.upper_bound)  # of equals, max takes the first
         elif rule == "chain":
             chosen = self.scored()[-1]
         elif rule == "best":
@@ -212,8 +222,8 @@ class EvolutionTree:
         return node.score + self.c * math.sqrt(log_n / max(1, node.visits))
 
     def best(self) -> Node:
-        """argmax R̄ over the tree."""
-        return max(self.scored(), key=lambda node: (node.score, node.id))
+        """argmax R̄ over the tree, of equals the oldest."""
+        return max(self.scored(), key=lambda node: node.score)
 
     def scored(self) -> list[Node]:
         """The nodes that may be selected or returned, oldest first."""
@@ -304,17 +314,21 @@ def plain_logprobs(
 ) -> list[Tensor]:
     """log p of every response token under the prompt: one (T,) float32 tensor per response, differentiable.
 
-    This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses.
+    This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses;
+    models that cannot share a prompt, and tests, use this one.
     `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
     """
     check_scorable([(prompt_ids, responses)], temperature)
+    known = inspect.signature(model.forward).parameters
     out = []
     for response in responses:
         row = torch.cat([prompt_ids, response]).to(model.device)  # (P + T,)
-        # (T + 1, V)
-        logits = model(row[None], use_cache=False, logits_to_keep=len(response) + 1).logits[0]
+        # Two words to save memory, which not every model knows.
+        options = {"use_cache": False, "logits_to_keep": len(response) + 1}
+        options = {name: value for name, value in options.items() if name in known}
+        logits = model(row[None], **options).logits[0]  # (T + 1 or P + T, V)
         # the logits at one token are about the next: the last ones are about nobody
-        logits = logits[:-1]
+        logits = logits[-len(response) - 1 : -1]  # (T, V)
         out.append(token_logprobs(logits, row[len(prompt_ids) :], temperature))
     return out
 
@@ -343,18 +357,22 @@ def plain_sample(
 ) -> list[Tensor]:
     """One sampled response per row of prompt ids: the ids drawn, up to the first end of sequence, included. (T,) each.
 
-    This is the definition: `generate` on left-padded rows. `options` are generate's own (max_new_tokens, do_sample,
-    temperature, top_p, top_k). `shared_sample`, below, draws the same and computes once what rows have in common.
+    This is the definition: `generate` on rows of equal length. So nothing is padded, which a layer that keeps a state
+    instead of its keys (Mamba, linear attention, a convolution) would read like any other token. `options` are
+    generate's own (max_new_tokens, do_sample, temperature, top_p, top_k). `shared_sample`, below, draws the same and
+    computes once what rows have in common.
     """
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad)  # (rows, P)
-    mask = torch.zeros_like(ids)
+    places: dict[int, list[int]] = {}  # length -> rows of that length
     for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
+        places.setdefault(len(row), []).append(i)
+    out: dict[int, Tensor] = {}
     with blank_generation(model, eos, pad):
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
-    return [until_end(row, eos) for row in out[:, longest:].cpu()]
+        for length, same in places.items():
+            ids = torch.tensor([rows[i] for i in same], device=model.device)  # (rows, P)
+            drawn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            for i, row in zip(same, drawn[:, length:].cpu()):
+                out[i] = until_end(row, eos)
+    return [out[i] for i in range(len(rows))]
 
 
 @contextmanager
@@ -395,7 +413,7 @@ def until_end(row: Tensor, eos: list[int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two models: one on this machine, one behind a server
+# The model on this machine
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +437,7 @@ class Usage:
     cut: int = 0  # ... that were cut off at the token limit
     # ... in which nobody could read an answer; counted by evolve.py, which knows the graders
     unreadable: int = 0
+    lenient: int = 0  # ... in which it stood where it was not asked for, without tags, say; counted there too
     tokens_read: int = 0
     tokens_written: int = 0
 
@@ -435,7 +454,10 @@ class LocalModel:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
-        self.share = can_share(model)  # whether rows may share their prompts, below; it decides nothing but the speed
+        # Whether rows may share their prompts, below: it decides nothing but the speed. `verify` may take it back.
+        self.share = can_share(model)
+        self.own_attention = model.config._attn_implementation
+        self.source = model.name_or_path  # the checkpoint it was loaded from; "": made in memory
         self.usage = Usage()
         self.eos = end_ids(model, tokenizer)
         self.pad = tokenizer.pad_token_id
@@ -466,14 +488,16 @@ class LocalModel:
         else:
             rows = sorted(set(prompts))
         drawn: dict[tuple[int, ...], list[Tensor]] = {prompt: [] for prompt in prompts}
+        if not self.share:
+            rows.sort(key=len)  # rows of equal length are computed together
         for row, ids in zip(rows, self.draw(rows, options)):
             drawn[row].append(ids)
         out = []
         for prompt in prompts:
             if temperature > 0:
-                responses = [drawn[prompt].pop() for _ in range(n)]
+                responses = [drawn[prompt].pop() for _ in range(n)]  # equal chats share what was drawn
             else:
-                responses = [drawn[prompt][0]] * n
+                responses = [drawn[prompt][0]] * n  # greedy: the same n times
             out.append([self.as_sample(prompt, ids) for ids in responses])
         return out
 
@@ -495,7 +519,7 @@ class LocalModel:
             batch = pending.pop(0)
             samples: list[Tensor] = []
             try:
-                samples = self.draw_batch(batch, options)
+                samples = self.draw_rows(batch, options)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:  # cannot be halved
                     raise
@@ -507,48 +531,39 @@ class LocalModel:
             out += samples
         return out
 
-    def draw_batch(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+    def draw_rows(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+        """One batch, the shared way; the plain way where the model turns out to be unable to share."""
         if self.share:
             try:
                 return shared_sample(self.model, rows, self.eos, self.pad, **options)
             except NotImplementedError as error:
-                self.share = False
+                self.stop_sharing()
                 warnings.warn(f"{error} So each row is computed by itself, which is slower.", stacklevel=2)
         return plain_sample(self.model, rows, self.eos, self.pad, **options)
 
-    def encode(self, chat: Chat) -> list[int]:
-        """Token ids of a chat up to where the answer begins.
+    def group_logprobs(
+        self, groups: Sequence[Group], temperature: float = 1.0
+    ) -> list[list[Tensor]]:
+        """What is learned from: per group (prompt_ids, responses) a list of (T,) log-probs, differentiable."""
+        if self.share:
+            return group_logprobs(self.model, groups, temperature)
+        out = []
+        for prompt, responses in groups:
+            out.append(plain_logprobs(self.model, prompt, responses, temperature))
+        return out
 
-        Contents come from models and data: a `<|im_start|>` in there must stay text, else instructions could forge a
-        role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
-        the template's own control strings are cut out.
-        """
+    def stop_sharing(self) -> None:
+        """From now on each row is computed by itself, with the attention that the model was loaded with."""
+        self.share = False
+        self.model.set_attn_implementation(self.own_attention)
+
+    def encode(self, chat: Chat) -> list[int]:
+        """Token ids of a chat up to where the answer begins. Control strings in its contents stay text."""
         contents = "".join(message["content"] for message in chat)
         forged = sorted(set(self.controls.findall(contents)))
-        if not forged:
-            return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
-        # private-use characters
-        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
-        stand_in = dict(zip(forged, unused))
-        masked = []
-        for message in chat:
-            content = self.controls.sub(lambda hit: stand_in[hit[0]], message["content"])
-            masked.append(message | {"content": content})
-        original = str.maketrans({mark: control for control, mark in stand_in.items()})
-        forged_ids = self.tokenizer.convert_tokens_to_ids(forged)
-        ids: list[int] = []
-        # text, control, text, ..., text
-        for i, piece in enumerate(self.controls.split(self.render(masked))):
-            if i % 2:  # one that the template wrote
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-                continue
-            text = piece.translate(original)
-            plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-            # A vocabulary of whole words cannot spell a control string in pieces: there it is dropped.
-            ids += [token for token in plain if token not in forged_ids]
-        return ids
+        if forged:
+            return encode_forged(self, chat, forged)
+        return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
 
     def render(self, chat: Chat) -> str:
         """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
@@ -781,19 +796,18 @@ class RowLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
-        rows, heads = keys.shape[:2]
         if self.used == 0:
-            self.rows = rows
-            self.keys = keys.new_empty(heads * rows, 0, keys.shape[3])  # (h x R, room, d)
-            self.values = values.new_empty(heads * rows, 0, values.shape[3])
+            self.rows = len(keys)
+            self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
+            self.values = values.new_empty(values.shape[1] * self.rows, 0, values.shape[3])
         room = self.keys.shape[1]
         if self.used == room:
             # For as much again: copied log2(T) times, and never much more than what is used.
             more = min(max(32, room), max(1, self.new - room))
             self.keys = F.pad(self.keys, (0, 0, 0, more))
             self.values = F.pad(self.values, (0, 0, 0, more))
-        self.keys.unflatten(0, (heads, rows))[:, :, self.used] = keys[:, :, 0].transpose(0, 1)
-        self.values.unflatten(0, (heads, rows))[:, :, self.used] = values[:, :, 0].transpose(0, 1)
+        self.keys[:, self.used] = keys.transpose(0, 1).flatten(0, 2)
+        self.values[:, self.used] = values.transpose(0, 1).flatten(0, 2)
         self.used += 1
         self.ignored = True
         return handed_out(self, keys, values)
@@ -807,19 +821,22 @@ class RowLayer(DynamicLayer):
         levels = [*self.above, (self.keys[:, : self.used], self.values[:, : self.used])]
         scores = []
         for keys, _ in levels:
-            score = query.view(len(keys), -1, size) @ keys.transpose(1, 2)
-            scores.append(score.flatten(0, 1))  # (h x R x group, length)
+            score = torch.bmm(query.view(len(keys), -1, size), keys.mT)
+            scores.append(score.view(len(query), -1))  # (h x R x group, length)
         if self.hidden is not None:
             prompts, _, length = self.hidden.shape
             by_prompt = scores[-2].view(-1, prompts, self.rows // prompts * group, length)
             by_prompt.masked_fill_(self.hidden, -torch.inf)  # (h, D, n x group, P1)
         weights = torch.cat(scores, 1).softmax(1)  # (h x R x group, P0 + P1 + T)
         lengths = [score.shape[1] for score in scores]
-        out = torch.zeros_like(query[:, :1])
+        out = None
         for (_, values), weight in zip(levels, weights.split(lengths, 1)):
-            part = weight.view(len(values), -1, weight.shape[1]) @ values
-            out = out + part.flatten(0, 1)  # (h x R x group, d)
-        out = out.view(-1, self.rows, group, out.shape[1]).transpose(0, 1)
+            weight = weight.view(len(values), -1, values.shape[1])
+            if out is None:
+                out = torch.bmm(weight, values)
+            else:
+                out = torch.baddbmm(out.view(len(values), -1, values.shape[2]), weight, values)
+        out = out.view(-1, self.rows, group, values.shape[2]).transpose(0, 1)
         return out.reshape(self.rows, heads, 1, -1)
 
 
@@ -837,7 +854,7 @@ def levels_attention(
 
     Whatever would change the result and is not known here (sinks, a softcap, a window, a bias) is an error.
     """
-    strange = [name for name in kwargs if name not in HARMLESS and kwargs[name] is not None]
+    strange = strange_settings(kwargs)
     layer = getattr(key, "layer", None)
     if layer is None or getattr(value, "layer", None) is not layer:
         strange.append("keys or values made anew")
@@ -849,6 +866,12 @@ def levels_attention(
     layer.ignored = False
     out = layer.attend(query, scaling or query.shape[3] ** -0.5)  # (B, heads, Q, d)
     return out.transpose(1, 2), None  # (B, Q, heads, d)
+
+
+def strange_settings(settings: dict[str, Any], known: set[str] = frozenset()) -> list[str]:
+    """The names of those that may change what attention gives, in a way that is not known here."""
+    harmless = HARMLESS | known
+    return [name for name in settings if name not in harmless and settings[name] is not None]
 
 
 AttentionInterface.register("levels", levels_attention)  # and no mask function: no mask is built
@@ -971,6 +994,8 @@ def batches(
         waiting = list(same)
         larger = crowd.joined_by(prompt, len(waiting))
         read_twice = (crowd.prefix - larger.prefix) * (crowd.prompts - 1)
+        if not share:
+            read_twice = 0  # nothing is common to lose
         if out and fits(larger) and read_twice <= MOST_READ_TWICE:
             out[-1] += waiting
             crowd = larger
@@ -987,9 +1012,9 @@ def batches(
 def bytes_needed(model, crowd: Crowd, new: int, share: bool) -> int:
     """Memory for a batch whose rows get up to `new` tokens: keys and values, one layer's attention, the logits."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = figure(config, "num_attention_heads", 1)
+    key_heads = figure(config, "num_key_value_heads", heads)
+    size = figure(config, "head_dim", config.hidden_size // heads)
     item = model.dtype.itemsize
     seen = crowd.rows * (crowd.longest + new)  # tokens that all rows attend to
     held = seen
@@ -1000,6 +1025,15 @@ def bytes_needed(model, crowd: Crowd, new: int, share: bool) -> int:
     masks = 6 * 8 * seen  # ids, mask and positions are int64 and copied at every step
     logits = 6 * 4 * crowd.rows * config.vocab_size  # float32: as they come, filtered, as probabilities, ...
     return cache + attention + masks + logits
+
+
+def figure(config, name: str, otherwise: int) -> int:
+    """A figure of a config, or one like it where there is none (Mamba has no heads) or one per layer (Gemma 4)."""
+    try:
+        value = getattr(config, name)
+    except Exception:  # of transformers' own
+        return otherwise
+    return value if isinstance(value, int) and value else otherwise
 
 
 def bytes_free(model) -> int:
@@ -1032,8 +1066,8 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
     check_scorable(groups, temperature)
     packed = pack(groups)
     positions = packed.positions.to(model.device)
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window is not None and positions.max() >= window:
+    window = attention_window(model)
+    if window and positions.max() >= window:
         raise ValueError(
             f"The model attends to {window} tokens at a time; prompt and response must fit in there."
         )
@@ -1053,6 +1087,15 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
         lengths = [len(response) for response in responses]
         out.append(list(row[: sum(lengths)].split(lengths)))
     return out
+
+
+def attention_window(model) -> int:
+    """How many tokens back its layers look at least; 0: to the beginning. A config may name a window and use none."""
+    windows = []
+    for layer in DynamicCache(config=model.config).layers:
+        if getattr(layer, "sliding_window", 0):
+            windows.append(layer.sliding_window)
+    return min(windows, default=0)
 
 
 @dataclass
@@ -1128,6 +1171,9 @@ def shared_prompt_attention(
     sdpa = AttentionInterface()["sdpa"]
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
+    strange = strange_settings(kwargs, known={"scaling", "sliding_window"})  # a row fits into the window
+    if strange:
+        raise NotImplementedError(f"Attention with {', '.join(strange)} cannot share prompts.")
     p = query.shape[2] - attention_mask.shape[2]
     prompt, _ = sdpa(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
     responses, _ = sdpa(module, query[:, :, p:], key, value, attention_mask, **kwargs)
@@ -1136,6 +1182,153 @@ def shared_prompt_attention(
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
 AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verified on a small batch: is what is learned from what was drawn?
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The policy gradient is that of the policy that samples. There are four computations of its log-probs here, sampling
+# and learning, each shared and plain, and models bring attentions, caches, masks and modes of their own to each. So
+# before a model is used, some responses are drawn and scored, on the run's own prompts.
+
+# How far two computations of one log-prob may be apart by rounding alone: nats, mean over the tokens behind a prompt.
+# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32 (one of
+# a hundred: 2e-5) and 0.04 in bfloat16, whose numbers near 16 are 0.125 apart; with mixtures of experts, where rounding
+# may choose another expert, 0.08. Where something is wrong (attention sinks, a softcap, a bias or a window left out,
+# padding that is read, a model that looks ahead): 0.1 to 7.
+TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass
+class Check:
+    """What `verify` found."""
+
+    way: str  # how this model samples and learns: "shared" (prompts) or "plain" (row by row)
+    error: float  # nats per token between drawn and learned from, at the prompt where it is largest
+    tolerance: float
+    dropped: str = ""  # why the shared way is not used, though it seemed to fit
+
+    def __str__(self) -> str:
+        text = f"sampled and computed log-probs differ by {self.error:.1e} nats per token"
+        text += f" (rounding: up to {self.tolerance}); prompts are computed "
+        text += "once for all their responses" if self.way == "shared" else "for each response anew"
+        if self.dropped:
+            text += f", since the shared way is wrong for this model ({self.dropped})"
+        return text
+
+
+class Recorder(LogitsProcessor):
+    """Notes the distributions that `generate` draws from, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []  # of each step log p, (rows, V)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.float().log_softmax(-1).cpu())
+        return scores
+
+    def logprobs(self, responses: Sequence[Tensor]) -> list[Tensor]:
+        """log p of the tokens that were drawn, (T,) each."""
+        every = torch.stack(self.steps, 1)  # (rows, longest, V)
+        out = []
+        for row, response in zip(every, responses):
+            out.append(row[: len(response)].gather(1, response[:, None])[:, 0])
+        return out
+
+
+def verify(
+    local: LocalModel, chats: Sequence[Chat], n: int = 2, new: int = 32, checkpointing: bool = False
+) -> Check:
+    """Draw n responses of up to `new` tokens to each chat, and compare the log-probs they were drawn by with those that
+    learning computes; where prompts are shared, with the plain ones as well.
+
+    Beyond the tolerance the shared way is given up for good. ValueError, in a sentence, if the plain way disagrees too:
+    what would be learned is another policy than the one that samples. `checkpointing`: learning runs in train mode.
+    Moves no random draws outside, counts nothing, leaves the mode. Chats of different lengths show most.
+    """
+    model = local.model
+    name = type(model).__name__
+    prompts = sorted({tuple(local.encode(chat)) for chat in chats})
+    tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+    weights = fingerprint(model)
+    compare = partial(disagreement, local, prompts, n, new, checkpointing)
+    dropped = ""
+    if local.share:
+        try:
+            error = compare()
+            if not error <= tolerance:  # NaN, too
+                dropped = f"{error:.2g} nats per token off"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as trouble:  # whatever a model makes of an attention or a cache that is not its own
+            dropped = one_line(trouble)
+        if dropped:
+            local.stop_sharing()
+    if not local.share:
+        try:
+            error = compare()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as trouble:
+            raise ValueError(f"{name} cannot be used here: {one_line(trouble)}") from trouble
+    if not torch.equal(weights, fingerprint(model)):
+        raise ValueError(f"{name} cannot be used here: computing with it changes its weights.")
+    if not error <= tolerance:
+        raise ValueError(
+            f"{name} cannot be used here: sampled and computed log-probs differ by {error:.2g} nats per "
+            f"token, and rounding by {tolerance} at most. What it samples is not what it computes."
+        )
+    return Check("shared" if local.share else "plain", error, tolerance, dropped)
+
+
+def disagreement(
+    local: LocalModel, prompts: Sequence[tuple[int, ...]], n: int, new: int, checkpointing: bool
+) -> float:
+    """Nats per token between drawn, learned and plain log-probs of fresh responses, where it is most: at one prompt."""
+    model = local.model
+    options = {"max_new_tokens": new, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    draw = shared_sample if local.share else plain_sample
+    batches = [prompts] if local.share else [[prompt] for prompt in prompts]
+    responses: list[Tensor] = []
+    drawn: list[Tensor] = []
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for batch in batches:
+            recorder = Recorder()
+            rows = [prompt for prompt in batch for _ in range(n)]
+            some = draw(model, rows, local.eos, local.pad, logits_processor=[recorder], **options)
+            responses += some
+            drawn += recorder.logprobs(some)
+    groups = []
+    for i, prompt in enumerate(prompts):
+        groups.append((torch.tensor(prompt), responses[i * n : (i + 1) * n]))
+    mode = model.training
+    model.train(checkpointing)
+    try:
+        with torch.no_grad():
+            learned = local.group_logprobs(groups)
+            with attention(model, local.own_attention):
+                plain = [plain_logprobs(model, *group) for group in groups]
+    finally:
+        model.train(mode)
+    errors = []
+    for i in range(len(prompts)):
+        here = torch.cat(learned[i]).cpu()
+        errors.append((here - torch.cat(drawn[i * n : (i + 1) * n])).abs().mean())
+        errors.append((here - torch.cat(plain[i]).cpu()).abs().mean())
+    return float(torch.stack(errors).max())
+
+
+def fingerprint(model) -> Tensor:
+    """The sum of each parameter: some models (RWKV) rescale their weights when they switch between two modes."""
+    sums = [parameter.detach().sum(dtype=torch.float64).cpu() for parameter in model.parameters()]
+    return torch.stack(sums).nan_to_num()
+
+
+def one_line(trouble: Exception) -> str:
+    """What an exception says, or its name, short."""
+    return " ".join((str(trouble) or type(trouble).__name__).split())[:200]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1275,6 +1468,39 @@ class Passage:
         self.held.copy_(master)
         with torch.cuda.stream(self.stream):
             param.copy_(self.held, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: control strings in what a model or a data set wrote
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode_forged(local: LocalModel, chat: Chat, forged: list[str]) -> list[int]:
+    """Token ids of a chat whose contents hold the control strings `forged`, which must stay text.
+
+    A `<|im_start|>` within instructions could forge a role. So control strings in contents are swapped for stand-ins
+    before the template runs, and swapped back once the template's own control strings are cut out.
+    """
+    contents = "".join(message["content"] for message in chat)
+    private = (chr(code) for code in range(0xE000, 0xF900))  # characters that mean nothing by themselves
+    stand_in = dict(zip(forged, (char for char in private if char not in contents)))
+    masked = []
+    for message in chat:
+        content = local.controls.sub(lambda hit: stand_in[hit[0]], message["content"])
+        masked.append(message | {"content": content})
+    original = str.maketrans({mark: control for control, mark in stand_in.items()})
+    forged_ids = local.tokenizer.convert_tokens_to_ids(forged)
+    ids: list[int] = []
+    pieces = local.controls.split(local.render(masked))  # text, control, text, ..., text
+    for i, piece in enumerate(pieces):
+        if i % 2:  # one that the template wrote
+            ids.append(local.tokenizer.convert_tokens_to_ids(piece))
+            continue
+        text = piece.translate(original)
+        plain = local.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        # A vocabulary of whole words cannot spell a control string in pieces: there it is dropped.
+        ids += [token for token in plain["input_ids"] if token not in forged_ids]
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
