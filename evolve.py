@@ -1566,9 +1566,8 @@ def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
     if counted["cut"] > half:
         limit = s.solver_tokens if role == "solver" else s.editor_tokens
         return (
-            f"Most of what the {role} wrote was cut off at {limit:,} tokens: "
-            f"give it more by --{role}-tokens, "
-            "or switch its thinking off where it is served."
+            f"Most of what the {role} wrote was cut off at {limit:,} tokens: give it more by "
+            f"--{role}-tokens, or switch its thinking off where it is served."
         )
     if counted["unreadable"] > half:
         return (

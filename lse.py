@@ -58,6 +58,7 @@ from transformers import (
     DynamicLayer,
     GenerationConfig,
     LogitsProcessor,
+    StoppingCriteria,
     TopPLogitsWarper,
 )
 
@@ -370,9 +371,14 @@ def plain_sample(
         for length, same in places.items():
             ids = torch.tensor([rows[i] for i in same], device=model.device)  # (rows, P)
             drawn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            for i, row in zip(same, drawn[:, length:].cpu()):
+            for i, row in zip(same, drawn_ids(drawn)[:, length:]):
                 out[i] = until_end(row, eos)
     return [out[i] for i in range(len(rows))]
+
+
+def drawn_ids(drawn) -> Tensor:
+    """The ids in what `generate` returns, on the CPU: (rows, P + T)."""
+    return getattr(drawn, "sequences", drawn).cpu()
 
 
 @contextmanager
@@ -638,7 +644,7 @@ def shared_sample(
             **cheap_filters(options),
         )  # (R, 1 + T)
         check_attended(model, cache)
-    return [until_end(row, eos) for row in out[:, 1:].cpu()]
+    return [until_end(row, eos) for row in drawn_ids(out)[:, 1:]]
 
 
 @dataclass
@@ -1195,10 +1201,10 @@ AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"
 # before a model is used, some responses are drawn and scored, on the run's own prompts.
 
 # How far two computations of one log-prob may be apart by rounding alone: nats, mean over the tokens behind a prompt.
-# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32 (one of
-# a hundred: 2e-5) and 0.04 in bfloat16, whose numbers near 16 are 0.125 apart; with mixtures of experts, where rounding
-# may choose another expert, 0.08. Where something is wrong (attention sinks, a softcap, a bias or a window left out,
-# padding that is read, a model that looks ahead): 0.1 to 7.
+# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32, but for
+# a few of a hundred (Mamba2 computes in two ways: 2e-3); in bfloat16, whose numbers near 16 are 0.125 apart, 0.04, and
+# with mixtures of experts, where rounding may choose another expert, 0.08. Where something is wrong (attention sinks, a
+# softcap, a bias or a window left out, padding that is read, a model that looks ahead): 0.1 to 7.
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -1207,7 +1213,7 @@ class Check:
     """What `verify` found."""
 
     way: str  # how this model samples and learns: "shared" (prompts) or "plain" (row by row)
-    error: float  # nats per token between drawn and learned from, at the prompt where it is largest
+    error: float  # nats per token between what is drawn and what is learned, at the worst prompt
     tolerance: float
     dropped: str = ""  # why the shared way is not used, though it seemed to fit
 
@@ -1220,19 +1226,23 @@ class Check:
         return text
 
 
-class Recorder(LogitsProcessor):
-    """Notes the distributions that `generate` draws from, and changes nothing."""
+class Recorder(StoppingCriteria):
+    """Notes the distributions that `generate` draws from, after all its filters, and stops nothing."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []  # of each step log p, (rows, V)
+        self.steps: tuple[Tensor, ...] = ()  # of each step the scores, (rows, V)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.float().log_softmax(-1).cpu())
-        return scores
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...], **kwargs) -> Tensor:
+        self.steps = scores
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def options(self) -> dict[str, Any]:
+        """What makes `generate` tell."""
+        return {"stopping_criteria": [self], "output_scores": True, "return_dict_in_generate": True}
 
     def logprobs(self, responses: Sequence[Tensor]) -> list[Tensor]:
         """log p of the tokens that were drawn, (T,) each."""
-        every = torch.stack(self.steps, 1)  # (rows, longest, V)
+        every = torch.stack(self.steps, 1).float().log_softmax(-1).cpu()  # (rows, longest, V)
         out = []
         for row, response in zip(every, responses):
             out.append(row[: len(response)].gather(1, response[:, None])[:, 0])
@@ -1299,7 +1309,7 @@ def disagreement(
         for batch in batches:
             recorder = Recorder()
             rows = [prompt for prompt in batch for _ in range(n)]
-            some = draw(model, rows, local.eos, local.pad, logits_processor=[recorder], **options)
+            some = draw(model, rows, local.eos, local.pad, **options, **recorder.options())
             responses += some
             drawn += recorder.logprobs(some)
     groups = []
