@@ -279,7 +279,8 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
         )
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
-        solver.usage.lenient += grade.lenient
+        if grade.lenient:
+            solver.usage.lenient += 1
     return answers
 
 
