@@ -42,6 +42,8 @@ from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
 from functools import partial
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -49,9 +51,10 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils import cached_file
 
 from data import Answer, Problem, extract_tag, load_task, shorten
-from lse import EvolutionTree, LocalModel, Node, RemoteModel, Sample, Usage
+from lse import Check, EvolutionTree, LocalModel, Node, RemoteModel, Sample, Usage, verify
 
 # What the solver is asked: some instructions, and the problems to answer under them.
 Job = tuple[str, list[Problem]]
@@ -270,10 +273,12 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
                 feedback=grade.feedback,
                 truncated=sample.truncated,
                 readable=grade.readable,
+                lenient=grade.lenient,
             )
         )
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
+        solver.usage.lenient += grade.lenient
     return answers
 
 
@@ -327,19 +332,27 @@ def context_length(model) -> int:
 
 
 def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
-    """The edit that stands in a response between `<tag>` and `</tag>`. A task may bring its own `read_edit(text)`.
+    """The edit that stands in a response between `<tag>` and `</tag>`. A task may bring its own reader.
 
-    An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none.
+    An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none. A reader that
+    needs no tags takes `cut`, and so is told.
     """
     if sample.error:
         return Edit(sample.text, None, f"no response: {sample.error}", sample)
     own_reader = getattr(task, "read_edit", None)
-    instructions = own_reader(sample.text) if own_reader else extract_tag(sample.text, tag)
+    place, end = f"in <{tag}> tags", f"before </{tag}>"
+    if own_reader is None:
+        instructions = extract_tag(sample.text, tag)
+    elif "cut" in signature(own_reader).parameters:
+        instructions = own_reader(sample.text, cut=sample.truncated)
+        place, end = "in the edit", "at the token limit"
+    else:
+        instructions = own_reader(sample.text)
     note = ""
     if instructions is None and sample.truncated:
-        note = f"cut off before </{tag}>"
+        note = f"cut off {end}"
     elif instructions is None:
-        note = f"nothing usable in <{tag}> tags"
+        note = f"nothing usable {place}"
     elif len(instructions) < 10 and not own_reader:  # the official code's rule
         note = f"{len(instructions)} characters in <{tag}> tags, fewer than 10"
         instructions = None
@@ -400,8 +413,9 @@ A model failed on problems under the instructions below. Say, in a few sentences
 led to these failures and what should change. Do not write new instructions yet.
 \n# Instructions\n{}\n\n# Failures\n{}"""
 REWRITE = """\
-Improve the instructions below with the help of the feedback. Write the full new instructions between
-<IMPROVED_VARIABLE> and </IMPROVED_VARIABLE>.\n\n# Instructions\n{}\n\n# Feedback\n{}"""
+Improve the instructions below with the help of the feedback. Write the full new instructions in tags, as in
+<IMPROVED_VARIABLE>Give every date as day, month, year.</IMPROVED_VARIABLE>.
+\n# Instructions\n{}\n\n# Feedback\n{}"""
 
 
 def propose_textgrad(task, editor, rounds: list[Round], s: Settings) -> None:
@@ -444,7 +458,8 @@ def accept_textgrad(task, solver, rounds: list[Round], s: Settings) -> None:
             r.edit.note = f"reverted: the holdout score fell {fall}"
 
 
-LESSON = "Do not rewrite them: write only the one lesson most worth adding, between <lesson> and </lesson>."
+LESSON = """Do not rewrite them: write only the one lesson most worth adding, in tags, as in
+<lesson>Give every date as day, month, year.</lesson>"""
 LESSONS = 10  # how many Reflexion remembers
 
 
@@ -509,6 +524,24 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # From the seed instructions to the last test
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, float] | None:
+    """Mean holdout scores of the seed instructions and of perfect ones: what edits can reach lies between them.
+
+    None where the task knows no perfect instructions.
+    """
+    perfect = getattr(task, "perfect_instructions", None)
+    if perfect is None:
+        return None
+    seed_draws(s.seed, 0, 2)
+    jobs = []
+    for domain in domains:
+        holdout = split_problems(task.problems(domain), s)["holdout"]
+        jobs.append((task.seed_instructions, holdout))
+        jobs.append((perfect(domain), holdout))
+    scores = [fmean(shares) for shares in score_all(task, solver, jobs, s)]
+    return fmean(scores[0::2]), fmean(scores[1::2])
 
 
 def seed_trees(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
@@ -700,8 +733,8 @@ def option(default, text: str):
 class Settings:
     """What training and test time share. A field left at None takes the task's preset below."""
 
-    task: str = option("mini", "mini, bird, mmlu or jsonl")
-    data: str = option("", "folder or file with the task's data (not for mini)")
+    task: str = option("mini", "mini, shop, bird, mmlu, jsonl, or FILE.py:CLASS of your own")
+    data: str = option("", "folder or file with the task's data (not for mini and shop)")
     # What is drawn, and how often. Problems of a domain: k + holdout + test of them at least.
     seed: int = option(0, "seed of the splits, the problem batches and all sampling")
     rounds: int | None = option(None, "T, rounds of evolution per tree")
@@ -722,6 +755,9 @@ class Settings:
     )
     max_batch_tokens: int = option(
         0, "rows x (prompt + new tokens) in one batch of local generation; 0: as many as fit in memory"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of local weights; auto: bfloat16 on a GPU, float32 on the CPU and for tiny models"
     )
     # How a script runs, and where.
     search: Literal["ucb", "chain", "best", "pareto"] = option(
@@ -770,9 +806,10 @@ class Config(Settings):
 
 @dataclass
 class Preset:
-    """What a setting left at None becomes, in three kinds of runs."""
+    """What a setting left at None becomes, in four kinds of runs."""
 
     mini: float
+    shop: float  # for real models from 135 million parameters on: two CPU cores need half an hour
     paper: float
     # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
     rehearsal: float
@@ -781,26 +818,26 @@ class Preset:
 # The miniature's solver is so sure of itself that one greedy answer loses nothing; its values are tuned on dev domains.
 # The paper keeps no test split. 30 is what a subject of MMLU-Redux (95 problems) has left for one.
 PRESETS = {
-    "rounds": Preset(mini=10, paper=25, rehearsal=2),
-    "k": Preset(mini=4, paper=10, rehearsal=2),
-    "holdout": Preset(mini=8, paper=50, rehearsal=4),
-    "test": Preset(mini=32, paper=30, rehearsal=4),
-    "samples": Preset(mini=1, paper=8, rehearsal=1),
-    "c": Preset(mini=0.3, paper=2.0, rehearsal=2.0),
-    "solver_tokens": Preset(mini=16, paper=2048, rehearsal=32),
-    "editor_tokens": Preset(mini=40, paper=4096, rehearsal=64),
-    "solver_temperature": Preset(mini=0.0, paper=0.7, rehearsal=0.7),
-    "editor_temperature": Preset(mini=0.7, paper=0.7, rehearsal=0.7),
-    "top_p": Preset(mini=0.8, paper=0.8, rehearsal=0.8),
-    "top_k": Preset(mini=20, paper=20, rehearsal=20),
+    "rounds": Preset(mini=10, shop=5, paper=25, rehearsal=2),
+    "k": Preset(mini=4, shop=4, paper=10, rehearsal=2),
+    "holdout": Preset(mini=8, shop=6, paper=50, rehearsal=4),
+    "test": Preset(mini=32, shop=12, paper=30, rehearsal=4),
+    "samples": Preset(mini=1, shop=1, paper=8, rehearsal=1),
+    "c": Preset(mini=0.3, shop=0.3, paper=2.0, rehearsal=2.0),
+    "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32),
+    "editor_tokens": Preset(mini=40, shop=64, paper=4096, rehearsal=64),
+    "solver_temperature": Preset(mini=0.0, shop=0.0, paper=0.7, rehearsal=0.7),
+    "editor_temperature": Preset(mini=0.7, shop=0.7, paper=0.7, rehearsal=0.7),
+    "top_p": Preset(mini=0.8, shop=1.0, paper=0.8, rehearsal=0.8),
+    "top_k": Preset(mini=20, shop=20, paper=20, rehearsal=20),
     # and in train.py
     # 16 states and 100 steps: on one GPU a night's work, see the README (the paper: 32 and about 500)
-    "steps": Preset(mini=120, paper=100, rehearsal=2),
-    "states": Preset(mini=24, paper=16, rehearsal=2),
-    "group": Preset(mini=4, paper=4, rehearsal=2),
-    "lr": Preset(mini=4e-4, paper=1e-5, rehearsal=1e-5),
-    "grow_every": Preset(mini=20, paper=0, rehearsal=0),
-    "grow_rounds": Preset(mini=10, paper=10, rehearsal=2),
+    "steps": Preset(mini=120, shop=40, paper=100, rehearsal=2),
+    "states": Preset(mini=24, shop=6, paper=16, rehearsal=2),
+    "group": Preset(mini=4, shop=4, paper=4, rehearsal=2),
+    "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
+    "grow_every": Preset(mini=20, shop=10, paper=0, rehearsal=0),
+    "grow_rounds": Preset(mini=10, shop=5, paper=10, rehearsal=2),
 }
 # All other numbers may be 0.
 AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")
@@ -808,16 +845,17 @@ AT_MOST_ZERO = ("invalid_reward",)
 
 
 def with_presets(settings: Settings, remote: bool = False) -> Any:
-    """The same settings with every None filled in: the miniature's values, the paper's, or without a GPU a rehearsal's.
+    """The same settings with every None filled in: the values of the miniature or the shop, the paper's, or without a
+    GPU a rehearsal's.
 
     `remote`: the models run elsewhere, so this machine needs no GPU. ValueError names what no run could work with.
     """
     paper_protocol = getattr(settings, "paper_protocol", False)
     if paper_protocol:
         kind = "paper"
-    elif settings.task == "mini":
-        kind = "mini"
-    elif remote or torch.cuda.is_available():
+    elif settings.task in ("mini", "shop"):
+        kind = settings.task
+    elif not is_rehearsal(settings, remote):
         kind = "paper"
     else:
         kind = "rehearsal"
@@ -851,6 +889,11 @@ def is_possible(name: str, value: object) -> bool:
     return value >= (1 if name in AT_LEAST_ONE else 0)
 
 
+def is_rehearsal(s: Settings, remote: bool = False) -> bool:
+    """Whether this is a real task without a GPU: a run whose outcome says nothing, unless the models run elsewhere."""
+    return s.task not in ("mini", "shop") and not remote and not torch.cuda.is_available()
+
+
 def solver_sampling(s: Settings) -> dict:
     """How the solver samples, as arguments of `model.sample`."""
     return dict(
@@ -878,32 +921,29 @@ def editor_sampling(s: Settings) -> dict:
 MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and editor, ready made
 # Parameters. Below that a GPU is slower than a CPU, and more than 4 threads are slower than 4.
 TINY = 10_000_000
-# Layers whose cache prompts can share.
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
-    """A checkpoint folder or hub name: a tiny model in float32 on the CPU, another in bf16 on a GPU if there is one.
+def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto") -> LocalModel:
+    """A checkpoint folder, a hub name or a GGUF file, on the GPU if there is one; a tiny model stays on the CPU.
 
-    Of several processes each takes a GPU of its own. SystemExit says what cannot be loaded, and why.
+    `dtype` "auto" stands for bf16 on a GPU and float32 on the CPU. Of several processes each takes a GPU of its own.
+    SystemExit says what cannot be loaded, and why.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        place, file = checkpoint_place(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(place, **file)
         # half a download: transformers makes an empty one without a word
         if not tokenizer("a")["input_ids"]:
             raise ValueError("its tokenizer files are missing")
         gpu = torch.cuda.is_available()
-        dtype = torch.bfloat16 if gpu else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-        odd = set(layers) - set(ATTENTION)
-        if odd:
-            raise ValueError(
-                f"its layers of {', '.join(odd)} have no cache that prompts could share: choose another"
-            )
+        wanted = dtype
+        if dtype == "auto":
+            wanted = "bfloat16" if gpu else "float32"
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, wanted), **file)
+        forget_quantization(model)
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
-            if gpu:  # once more: rounding to bf16 cannot be undone
+            if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         elif gpu:
             # here, since it joins the other processes as soon as it is made
@@ -919,6 +959,36 @@ def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
         ) from None
 
 
+def checkpoint_place(name: str) -> tuple[str, dict[str, str]]:
+    """Where a checkpoint is, as arguments of `from_pretrained`: for FOLDER/FILE.gguf the folder, and the file's name.
+
+    A folder that holds one GGUF and no config.json stands for that file. ValueError without the package that reads it.
+
+    >>> checkpoint_place("Qwen/Qwen3-0.6B")
+    ('Qwen/Qwen3-0.6B', {})
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            path = files[0]
+    if path.suffix != ".gguf":
+        return name, {}
+    if find_spec("gguf") is None:
+        raise ValueError("to read a GGUF file, `pip install gguf`")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def forget_quantization(model) -> None:
+    """Weights from a GGUF file are ordinary ones by now, but transformers would refuse to save them as quantized."""
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+
+
 def twin(model):
     """The same model for another role: it shares the weights and counts for itself."""
     other = copy(model)
@@ -929,7 +999,7 @@ def twin(model):
 def load_models(s: Config) -> tuple[Model, Model]:
     """Solver and editor. One checkpoint in both roles is loaded once. ValueError if a task needs one to be named."""
     solver_name, editor_name = s.solver, s.editor
-    trained = Path("runs", s.task, "editor")
+    trained = Path(run_folder(s.task), "editor")
     if not editor_name and trained.exists():
         editor_name = str(trained)
     if s.task == "mini":
@@ -949,7 +1019,7 @@ def load_models(s: Config) -> tuple[Model, Model]:
 def open_model(name: str, served: str, s: Config) -> Model:
     """A local model, or one on a server under the name `served`. ConnectionError if nobody answers there."""
     if "://" not in name:
-        return load_model(name, s.max_batch_tokens)
+        return load_model(name, s.max_batch_tokens, s.dtype)
     try:  # is anybody there?
         first = RemoteModel(name, timeout=20, retries=1).model
     # a server that lists no models will do, if it need not choose one
@@ -958,6 +1028,35 @@ def open_model(name: str, served: str, s: Config) -> Model:
             raise
         first = served
     return RemoteModel(name, served or first)  # with the patience that hours of work deserve
+
+
+def check_models(
+    task, problems: list[Problem], solver, editor, s: Settings, checkpointing: bool = False
+) -> dict[str, Check]:
+    """Whether local models draw from what they compute (lse.verify), on prompts of this run: {role: what was found}.
+
+    A small batch per model, before all else: it takes about as long as a few answers. `checkpointing`: the editor
+    learns in train mode. Behind a server nobody can look.
+    """
+    seed = task.seed_instructions
+    by_length = sorted(problems, key=lambda problem: len(problem.question))
+    asked = [task.solve_chat(seed, problem) for problem in (by_length[0], by_length[-1])]
+    summary = [Answer("", p.question, p.gold, p.gold, p.gold, True) for p in problems[: s.k]]
+    shown = []
+    for answers in (summary[:1], summary):
+        shown.append(edit_chat(task, editor, seed, answers, s.max_prompt_tokens)[0])
+    checks = {}
+    if isinstance(solver, LocalModel):
+        checks["solver"] = verify(solver, asked, new=min(32, s.solver_tokens))
+    if isinstance(editor, LocalModel):
+        new = min(32, s.editor_tokens)
+        checks["editor"] = verify(editor, shown, new=new, checkpointing=checkpointing)
+    return checks
+
+
+def check_text(checks: dict[str, Check]) -> str:
+    """What was found, a line for each model; "" where both are on servers."""
+    return "\n".join(f"Check of the {role}: {check}." for role, check in checks.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1133,14 +1232,72 @@ def save_text(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+# Files that say how the weights of a checkpoint are to be read, and its text.
+KEPT = ["config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json"]
+KEPT += ["special_tokens_map.json", "chat_template*", "*.model", "*.tiktoken"]
+
+
 def save_model(model: LocalModel, folder: Path) -> None:
-    """A folder that `from_pretrained` loads, tokenizer included."""
+    """A folder that `from_pretrained` loads and understands as we do, under versions 4 and 5 of transformers.
+
+    Only the weights are new. The other files are those of the checkpoint that the model was loaded from: what version 5
+    writes in their place is another model to version 4. A model made in memory has none; there both spellings are
+    written.
+    """
+    source = source_folder(model.source)
 
     def save(temporary: Path) -> None:
         model.model.save_pretrained(temporary)
-        model.tokenizer.save_pretrained(temporary)
+        if source is None:
+            model.tokenizer.save_pretrained(temporary)
+            spell_for_old_readers(temporary)
+            return
+        for name in ("config.json", "generation_config.json"):
+            (temporary / name).unlink(missing_ok=True)
+        for pattern in KEPT:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, temporary / file.name)
 
     atomic_write(folder, save)
+
+
+def source_folder(name: str) -> Path | None:
+    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here."""
+    try:
+        return Path(cached_file(name, "config.json", local_files_only=True)).parent
+    except OSError:
+        return None
+
+
+def spell_for_old_readers(folder: Path) -> None:
+    """Write into a checkpoint of transformers 5 what transformers 4 looks for.
+
+    Version 5 writes the RoPE base into "rope_parameters", which version 4 does not know: it would silently take 10,000.
+    Its tokenizer class "TokenizersBackend" does not exist there, nor may "extra_special_tokens" be a list.
+    """
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope:  # two bases, as in Gemma 3
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {name: rope[name] for name in rope if name != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    tokenizer_file = folder / "tokenizer_config.json"
+    config = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.pop("is_local", None)  # how it was loaded here: no property of it
+    config.pop("local_files_only", None)
+    tokenizer_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def nearest(path: Path) -> Path:
@@ -1187,6 +1344,15 @@ def open_run(s: Settings, out: Path, free: list[str], look: bool = False) -> Non
     except OSError as error:
         raise SystemExit(f"{out} cannot be written ({error}): name another --out.") from None
     save_text(file, json.dumps(settings, indent=1))
+
+
+def run_folder(task: str) -> str:
+    """Where a task's run is by default; FILE.py:CLASS goes by the class.
+
+    >>> run_folder("mini"), run_folder("../my.py:Quiz")
+    ('runs/mini', 'runs/Quiz')
+    """
+    return f"runs/{task.rpartition(':')[2]}"
 
 
 def tree_name(domain: str) -> str:
@@ -1240,9 +1406,10 @@ def restore_trees(
 
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
-    s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
+    remote = "://" in s.solver and "://" in s.editor
+    s = with_presets(s, remote)
     task = load_task(s.task, s.data or None)
-    out = Path(s.out or f"runs/{s.task}-evolve")
+    out = Path(s.out or f"{run_folder(s.task)}-evolve")
     domains = pick_domains(task, s.domains)
     splits = {domain: split_problems(task.problems(domain), s) for domain in domains}
     rule = search_rule(task, s.method, s.search)
@@ -1258,22 +1425,37 @@ def main(s: Config) -> None:
     if s.dry_run:
         print("A dry run: no model was asked, nothing was written.")
         return
+    checks = check_models(task, splits[domains[0]]["pool"], solver, editor, s)
+    print(check_text(checks), flush=True)
     if s.compare:
         compare(task, domains, solver, editor, s, out)
         return
-    save = partial(save_trees, out / "trees")
+
+    def save(trees: dict[str, EvolutionTree]) -> None:
+        save_trees(out / "trees", trees)
+        edit_outcome(editor, s, remote)
+
     if not trees:
         started = time.time()
         trees = seed_trees(task, domains, solver, s)
+        print(seed_outcome(solver, trees, s, remote), flush=True)
         save(trees)  # from here on, a kill costs a round at most
         left = count_calls(len(trees), s)[0] - solver.usage.answers
         print(pace_text(solver, time.time() - started, left), flush=True)
     bar = f"{s.method} {rule}"
     evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=bar)
-    finish(task, trees, solver, editor, s, out)
+    finish(task, trees, solver, editor, s, out, checks)
 
 
-def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out: Path) -> None:
+def finish(
+    task,
+    trees: dict[str, EvolutionTree],
+    solver,
+    editor,
+    s: Config,
+    out: Path,
+    checks: dict[str, Check],
+) -> None:
     """Test, save, and say what came out: the trees, the optimistic and the honest number, the cost."""
     holdout = {domain: (tree.nodes[0].scores, tree.best().scores) for domain, tree in trees.items()}
     results: dict[str, Any] = {"config": asdict(s)}
@@ -1281,7 +1463,7 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
     results["holdout"] = gains(holdout)
     if s.test:
         results["test"] = gains(final_test(task, trees, solver, s))
-    results["cost"] = {"solver": cost(solver.usage), "editor": cost(editor.usage)}
+    results |= account(trees, solver, editor, checks)
     save_text(out / "results.json", json.dumps(results, indent=1))
     shown = dict(list(trees.items())[:20])
     write_report(out / "report.html", shown, f"{s.task}: {s.method}")
@@ -1296,11 +1478,41 @@ def finish(task, trees: dict[str, EvolutionTree], solver, editor, s: Config, out
     print(gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over))
     if s.test:
         print(gain_text("Test (never touched before)", results["test"], over))
+    print(account_text(results, s))
+    print(f"Saved in {out}: trees/, results.json, report.html.")
+
+
+def account(trees: dict[str, EvolutionTree], solver, editor, checks: dict[str, Check]) -> dict:
+    """What both scripts say at the end besides their scores, as it stands in results.json."""
+    return {
+        "cost": {"solver": cost(solver.usage), "editor": cost(editor.usage)},
+        "check": {role: asdict(check) for role, check in checks.items()},
+        # settings that a server turned down, with its words
+        "dropped": {
+            "solver": getattr(solver, "dropped", {}),
+            "editor": getattr(editor, "dropped", {}),
+        },
+        "never_solved": never_solved(trees),
+    }
+
+
+def account_text(results: dict, s: Settings) -> str:
+    """The same in a few lines; where most responses of a model were lost, with what helps."""
     since = " since --resume" if s.resume else ""
+    lines = []
     for role, counted in results["cost"].items():
         counts = ", ".join(f"{count:,} {name}" for name, count in counted.items())
-        print(f"Cost of the {role}{since}: {counts}")
-    print(f"Saved in {out}: trees/, results.json, report.html.")
+        lines.append(f"Cost of the {role}{since}: {counts}")
+        advice = remedy(role, counted, s)
+        if advice:
+            lines.append(advice)
+        for setting in results["dropped"][role]:
+            lines.append(f"The {role}'s server turned down {setting}: it was left out.")
+    unsolved = results["never_solved"]
+    lines.append(
+        f"Holdout problems that no candidate ever solved: {unsolved['problems']} of {unsolved['of']}"
+    )
+    return "\n".join(lines)
 
 
 def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
@@ -1328,9 +1540,84 @@ def cost(usage: Usage) -> dict[str, int]:
         "failed": usage.failed,
         "cut": usage.cut,
         "unreadable": usage.unreadable,
+        "read leniently": usage.lenient,
         "tokens read": usage.tokens_read,
         "tokens written": usage.tokens_written,
     }
+
+
+def never_solved(trees: dict[str, EvolutionTree]) -> dict[str, int]:
+    """How many holdout problems nobody ever answered rightly, under no node of their domain's tree."""
+    problems = total = 0
+    for tree in trees.values():
+        columns = zip(*(node.scores for node in tree.nodes if node.scores is not None))
+        for scores in columns:  # of one problem, under all nodes
+            total += 1
+            problems += max(scores) == 0
+    return {"problems": problems, "of": total}
+
+
+def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
+    """What helps where more than half of a model's responses were lost; "" where they were not."""
+    half = counted["answers"] / 2
+    if counted["failed"] > half:
+        return f"Most of what the {role} was asked for never came: look into the log of its server."
+    if counted["cut"] > half:
+        limit = s.solver_tokens if role == "solver" else s.editor_tokens
+        return (
+            f"Most of what the {role} wrote was cut off at {limit:,} tokens: give it more by --{role}-tokens, "
+            "or switch its thinking off where it is served."
+        )
+    if counted["unreadable"] > half:
+        return (
+            f"In most of what the {role} wrote there was nothing to read: try another model (--{role}) or "
+            f"more --{role}-tokens, or ask for an answer in tags in the seed instructions."
+        )
+    return ""
+
+
+def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings, remote: bool = False) -> str:
+    """How the answers under the seed instructions turned out, and what helps if most are lost.
+
+    SystemExit if not one can be used: the run would go on for hours and learn nothing.
+    """
+    counted = cost(solver.usage)
+    text = (
+        "The {answers:,} answers under the seed instructions: {failed:,} failed, {cut:,} cut off, "
+        "{unreadable:,} with nothing to read."
+    ).format(**counted)
+    lost = counted["failed"] + counted["unreadable"]
+    if all(tree.nodes[0].score == 0 for tree in trees.values()):
+        # not every grader says that it could read nothing
+        lost = max(lost, counted["failed"] + counted["cut"])
+    stop_if_lost("solver", lost, counted, s, remote)
+    return f"{text} {remedy('solver', counted, s)}".strip()
+
+
+def edit_outcome(editor, s: Settings, remote: bool = False) -> str:
+    """What helps if most edits are lost, "" if they are not. SystemExit if not one can be used, of ten or more."""
+    counted = cost(editor.usage)
+    if counted["answers"] >= 10:
+        stop_if_lost("editor", counted["failed"] + counted["unreadable"], counted, s, remote)
+    return remedy("editor", counted, s)
+
+
+def stop_if_lost(role: str, lost: int, counted: dict[str, int], s: Settings, remote: bool) -> None:
+    """SystemExit, with what helps, if all that a model has been asked for is lost. A rehearsal goes on."""
+    if 0 < counted["answers"] <= lost and not is_rehearsal(s, remote):
+        raise SystemExit(
+            "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, {cut:,} cut off, "
+            "{unreadable:,} with nothing to read), so the run stops here. ".format(role=role, **counted)
+            + remedy(role, counted, s)
+        )
+
+
+def total(usages: list[Usage]) -> Usage:
+    """What several models, or one in several processes, were asked for."""
+    out = Usage()
+    for each in fields(Usage):
+        setattr(out, each.name, sum(getattr(usage, each.name) for usage in usages))
+    return out
 
 
 def gain_text(label: str, part: dict, over: str) -> str:
@@ -1356,10 +1643,13 @@ def start(main: Callable, config: type, doc: str) -> None:
     try:
         main(command_line(config, doc))
     except (ValueError, OSError) as error:  # wrong paths and values, a lost server, a full disk
-        remedy = ""
+        way_out = ""
         if getattr(error, "errno", 0) in DISK_ERRORS:
-            remedy = ": make room or give access, then go on with --resume"
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}{remedy}") from None
+            way_out = ": make room or give access, then go on with --resume"
+        # a server that was lost on the way; of one that was never there another path is named
+        if isinstance(error, ConnectionError) and "/chat/completions failed" in str(error):
+            way_out = ".\nWhat is finished is saved: the same command with --resume goes on"
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}{way_out}") from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(
             f"{error} Try a smaller --max-batch-tokens; to train, --gradient-checkpointing and "

@@ -21,6 +21,7 @@ its baseline (the score before the edit), and one update per batch keeps the edi
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -312,13 +313,16 @@ def plain_logprobs(
     `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
     """
     check_scorable([(prompt_ids, responses)], temperature)
+    known = inspect.signature(model.forward).parameters
     out = []
     for response in responses:
         row = torch.cat([prompt_ids, response]).to(model.device)  # (P + T,)
-        # (T + 1, V)
-        logits = model(row[None], use_cache=False, logits_to_keep=len(response) + 1).logits[0]
+        # Two words to save memory, which not every model knows.
+        options = {"use_cache": False, "logits_to_keep": len(response) + 1}
+        options = {name: value for name, value in options.items() if name in known}
+        logits = model(row[None], **options).logits[0]  # (T + 1 or P + T, V)
         # the logits at one token are about the next: the last ones are about nobody
-        logits = logits[:-1]
+        logits = logits[-len(response) - 1 : -1]  # (T, V)
         out.append(token_logprobs(logits, row[len(prompt_ids) :], temperature))
     return out
 
@@ -347,18 +351,22 @@ def plain_sample(
 ) -> list[Tensor]:
     """One sampled response per row of prompt ids: the ids drawn, up to the first end of sequence, included. (T,) each.
 
-    This is the definition: `generate` on left-padded rows. `options` are generate's own (max_new_tokens, do_sample,
-    temperature, top_p, top_k). `shared_sample`, below, draws the same and computes once what rows have in common.
+    This is the definition: `generate` on rows of equal length. So nothing is padded, which a layer that keeps a state
+    instead of its keys (Mamba, linear attention, a convolution) would read like any other token. `options` are
+    generate's own (max_new_tokens, do_sample, temperature, top_p, top_k). `shared_sample`, below, draws the same and
+    computes once what rows have in common.
     """
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad)  # (rows, P)
-    mask = torch.zeros_like(ids)
+    places: dict[int, list[int]] = {}  # length -> rows of that length
     for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
+        places.setdefault(len(row), []).append(i)
+    out: dict[int, Tensor] = {}
     with blank_generation(model, eos, pad):
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
-    return [until_end(row, eos) for row in out[:, longest:].cpu()]
+        for length, same in places.items():
+            ids = torch.tensor([rows[i] for i in same], device=model.device)  # (rows, P)
+            drawn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            for i, row in zip(same, drawn[:, length:].cpu()):
+                out[i] = until_end(row, eos)
+    return [out[i] for i in range(len(rows))]
 
 
 @contextmanager
@@ -423,6 +431,7 @@ class Usage:
     cut: int = 0  # ... that were cut off at the token limit
     # ... in which nobody could read an answer; counted by evolve.py, which knows the graders
     unreadable: int = 0
+    lenient: int = 0  # ... in which it stood where it was not asked for, without tags, say; counted there too
     tokens_read: int = 0
     tokens_written: int = 0
 
@@ -439,7 +448,10 @@ class LocalModel:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
-        self.share = can_share(model)  # whether rows may share their prompts, below; it decides nothing but the speed
+        # Whether rows may share their prompts, below: it decides nothing but the speed. `verify` may take it back.
+        self.share = can_share(model)
+        self.own_attention = model.config._attn_implementation
+        self.source = model.name_or_path  # the checkpoint it was loaded from; "": made in memory
         self.usage = Usage()
         self.eos = end_ids(model, tokenizer)
         self.pad = tokenizer.pad_token_id
@@ -470,6 +482,8 @@ class LocalModel:
         else:
             rows = sorted(set(prompts))
         drawn: dict[tuple[int, ...], list[Tensor]] = {prompt: [] for prompt in prompts}
+        if not self.share:
+            rows.sort(key=len)  # rows of equal length are computed together
         for row, ids in zip(rows, self.draw(rows, options)):
             drawn[row].append(ids)
         out = []
@@ -516,9 +530,25 @@ class LocalModel:
             try:
                 return shared_sample(self.model, rows, self.eos, self.pad, **options)
             except NotImplementedError as error:
-                self.share = False
+                self.stop_sharing()
                 warnings.warn(f"{error} So each row is computed by itself, which is slower.", stacklevel=2)
         return plain_sample(self.model, rows, self.eos, self.pad, **options)
+
+    def group_logprobs(
+        self, groups: Sequence[Group], temperature: float = 1.0
+    ) -> list[list[Tensor]]:
+        """What is learned from: per group (prompt_ids, responses) a list of (T,) log-probs, differentiable."""
+        if self.share:
+            return group_logprobs(self.model, groups, temperature)
+        out = []
+        for prompt, responses in groups:
+            out.append(plain_logprobs(self.model, prompt, responses, temperature))
+        return out
+
+    def stop_sharing(self) -> None:
+        """From now on each row is computed by itself, with the attention that the model was loaded with."""
+        self.share = False
+        self.model.set_attn_implementation(self.own_attention)
 
     def encode(self, chat: Chat) -> list[int]:
         """Token ids of a chat up to where the answer begins.
@@ -785,19 +815,18 @@ class RowLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
-        rows, heads = keys.shape[:2]
         if self.used == 0:
-            self.rows = rows
-            self.keys = keys.new_empty(heads * rows, 0, keys.shape[3])  # (h x R, room, d)
-            self.values = values.new_empty(heads * rows, 0, values.shape[3])
+            self.rows = len(keys)
+            self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
+            self.values = values.new_empty(values.shape[1] * self.rows, 0, values.shape[3])
         room = self.keys.shape[1]
         if self.used == room:
             # For as much again: copied log2(T) times, and never much more than what is used.
             more = min(max(32, room), max(1, self.new - room))
             self.keys = F.pad(self.keys, (0, 0, 0, more))
             self.values = F.pad(self.values, (0, 0, 0, more))
-        self.keys.unflatten(0, (heads, rows))[:, :, self.used] = keys[:, :, 0].transpose(0, 1)
-        self.values.unflatten(0, (heads, rows))[:, :, self.used] = values[:, :, 0].transpose(0, 1)
+        self.keys[:, self.used] = keys.transpose(0, 1).flatten(0, 2)
+        self.values[:, self.used] = values.transpose(0, 1).flatten(0, 2)
         self.used += 1
         self.ignored = True
         return handed_out(self, keys, values)
@@ -811,19 +840,22 @@ class RowLayer(DynamicLayer):
         levels = [*self.above, (self.keys[:, : self.used], self.values[:, : self.used])]
         scores = []
         for keys, _ in levels:
-            score = query.view(len(keys), -1, size) @ keys.transpose(1, 2)
-            scores.append(score.flatten(0, 1))  # (h x R x group, length)
+            score = torch.bmm(query.view(len(keys), -1, size), keys.mT)
+            scores.append(score.view(len(query), -1))  # (h x R x group, length)
         if self.hidden is not None:
             prompts, _, length = self.hidden.shape
             by_prompt = scores[-2].view(-1, prompts, self.rows // prompts * group, length)
             by_prompt.masked_fill_(self.hidden, -torch.inf)  # (h, D, n x group, P1)
         weights = torch.cat(scores, 1).softmax(1)  # (h x R x group, P0 + P1 + T)
         lengths = [score.shape[1] for score in scores]
-        out = torch.zeros_like(query[:, :1])
+        out = None
         for (_, values), weight in zip(levels, weights.split(lengths, 1)):
-            part = weight.view(len(values), -1, weight.shape[1]) @ values
-            out = out + part.flatten(0, 1)  # (h x R x group, d)
-        out = out.view(-1, self.rows, group, out.shape[1]).transpose(0, 1)
+            weight = weight.view(len(values), -1, values.shape[1])
+            if out is None:
+                out = torch.bmm(weight, values)
+            else:
+                out = torch.baddbmm(out.view(len(values), -1, values.shape[2]), weight, values)
+        out = out.view(-1, self.rows, group, values.shape[2]).transpose(0, 1)
         return out.reshape(self.rows, heads, 1, -1)
 
 
@@ -841,7 +873,7 @@ def levels_attention(
 
     Whatever would change the result and is not known here (sinks, a softcap, a window, a bias) is an error.
     """
-    strange = [name for name in kwargs if name not in HARMLESS and kwargs[name] is not None]
+    strange = strange_settings(kwargs)
     layer = getattr(key, "layer", None)
     if layer is None or getattr(value, "layer", None) is not layer:
         strange.append("keys or values made anew")
@@ -853,6 +885,12 @@ def levels_attention(
     layer.ignored = False
     out = layer.attend(query, scaling or query.shape[3] ** -0.5)  # (B, heads, Q, d)
     return out.transpose(1, 2), None  # (B, Q, heads, d)
+
+
+def strange_settings(settings: dict[str, Any], known: set[str] = frozenset()) -> list[str]:
+    """The names of those that may change what attention gives, in a way that is not known here."""
+    harmless = HARMLESS | known
+    return [name for name in settings if name not in harmless and settings[name] is not None]
 
 
 AttentionInterface.register("levels", levels_attention)  # and no mask function: no mask is built
@@ -975,6 +1013,8 @@ def batches(
         waiting = list(same)
         larger = crowd.joined_by(prompt, len(waiting))
         read_twice = (crowd.prefix - larger.prefix) * (crowd.prompts - 1)
+        if not share:
+            read_twice = 0  # nothing is common to lose
         if out and fits(larger) and read_twice <= MOST_READ_TWICE:
             out[-1] += waiting
             crowd = larger
@@ -991,9 +1031,9 @@ def batches(
 def bytes_needed(model, crowd: Crowd, new: int, share: bool) -> int:
     """Memory for a batch whose rows get up to `new` tokens: keys and values, one layer's attention, the logits."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = figure(config, "num_attention_heads", 1)
+    key_heads = figure(config, "num_key_value_heads", heads)
+    size = figure(config, "head_dim", config.hidden_size // heads)
     item = model.dtype.itemsize
     seen = crowd.rows * (crowd.longest + new)  # tokens that all rows attend to
     held = seen
@@ -1004,6 +1044,15 @@ def bytes_needed(model, crowd: Crowd, new: int, share: bool) -> int:
     masks = 6 * 8 * seen  # ids, mask and positions are int64 and copied at every step
     logits = 6 * 4 * crowd.rows * config.vocab_size  # float32: as they come, filtered, as probabilities, ...
     return cache + attention + masks + logits
+
+
+def figure(config, name: str, otherwise: int) -> int:
+    """A figure of a config, or one like it where there is none (Mamba has no heads) or one per layer (Gemma 4)."""
+    try:
+        value = getattr(config, name)
+    except Exception:  # of transformers' own
+        return otherwise
+    return value if isinstance(value, int) and value else otherwise
 
 
 def bytes_free(model) -> int:
@@ -1036,8 +1085,8 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
     check_scorable(groups, temperature)
     packed = pack(groups)
     positions = packed.positions.to(model.device)
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window is not None and positions.max() >= window:
+    window = attention_window(model)
+    if window and positions.max() >= window:
         raise ValueError(
             f"The model attends to {window} tokens at a time; prompt and response must fit in there."
         )
@@ -1057,6 +1106,15 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
         lengths = [len(response) for response in responses]
         out.append(list(row[: sum(lengths)].split(lengths)))
     return out
+
+
+def attention_window(model) -> int:
+    """How many tokens back its layers look at least; 0: to the beginning. A config may name a window and use none."""
+    windows = []
+    for layer in DynamicCache(config=model.config).layers:
+        if getattr(layer, "sliding_window", 0):
+            windows.append(layer.sliding_window)
+    return min(windows, default=0)
 
 
 @dataclass
@@ -1132,6 +1190,9 @@ def shared_prompt_attention(
     sdpa = AttentionInterface()["sdpa"]
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
+    strange = strange_settings(kwargs, known={"scaling", "sliding_window"})  # a row fits into the window
+    if strange:
+        raise NotImplementedError(f"Attention with {', '.join(strange)} cannot share prompts.")
     p = query.shape[2] - attention_mask.shape[2]
     prompt, _ = sdpa(module, query[:, :, :p], key[:, :, :p], value[:, :, :p], None, **kwargs)
     responses, _ = sdpa(module, query[:, :, p:], key, value, attention_mask, **kwargs)
@@ -1140,6 +1201,153 @@ def shared_prompt_attention(
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
 AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verified on a small batch: is what is learned from what was drawn?
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The policy gradient is that of the policy that samples. There are four computations of its log-probs here, sampling
+# and learning, each shared and plain, and models bring attentions, caches, masks and modes of their own to each. So
+# before a model is used, some responses are drawn and scored, on the run's own prompts.
+
+# How far two computations of one log-prob may be apart by rounding alone: nats, mean over the tokens behind a prompt.
+# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32 (one of a
+# hundred: 2e-5) and 0.04 in bfloat16, whose numbers near 16 are 0.125 apart; with mixtures of experts, where rounding
+# may choose another expert, 0.08. Where something is wrong (attention sinks, a softcap, a bias or a window left out,
+# padding that is read, a model that looks ahead): 0.1 to 7.
+TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass
+class Check:
+    """What `verify` found."""
+
+    way: str  # how this model samples and learns: "shared" (prompts) or "plain" (row by row)
+    error: float  # nats per token between what was drawn and what is learned, at the prompt where it is largest
+    tolerance: float
+    dropped: str = ""  # why the shared way is not used, though it seemed to fit
+
+    def __str__(self) -> str:
+        text = f"sampled and computed log-probs differ by {self.error:.1e} nats per token"
+        text += f" (rounding: up to {self.tolerance}); prompts are computed "
+        text += "once for all their responses" if self.way == "shared" else "for each response anew"
+        if self.dropped:
+            text += f", since the shared way is wrong for this model ({self.dropped})"
+        return text
+
+
+class Recorder(LogitsProcessor):
+    """Notes the distributions that `generate` draws from, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []  # of each step log p, (rows, V)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.float().log_softmax(-1).cpu())
+        return scores
+
+    def logprobs(self, responses: Sequence[Tensor]) -> list[Tensor]:
+        """log p of the tokens that were drawn, (T,) each."""
+        every = torch.stack(self.steps, 1)  # (rows, longest, V)
+        out = []
+        for row, response in zip(every, responses):
+            out.append(row[: len(response)].gather(1, response[:, None])[:, 0])
+        return out
+
+
+def verify(
+    local: LocalModel, chats: Sequence[Chat], n: int = 2, new: int = 32, checkpointing: bool = False
+) -> Check:
+    """Draw n responses of up to `new` tokens to each chat, and compare the log-probs they were drawn by with those that
+    learning computes; where prompts are shared, with the plain ones as well.
+
+    Beyond the tolerance the shared way is given up for good. ValueError, in a sentence, if the plain way disagrees too:
+    what would be learned is another policy than the one that samples. `checkpointing`: learning runs in train mode.
+    Moves no random draws outside, counts nothing, leaves the mode. Chats of different lengths show most.
+    """
+    model = local.model
+    name = type(model).__name__
+    prompts = sorted({tuple(local.encode(chat)) for chat in chats})
+    tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+    weights = fingerprint(model)
+    compare = partial(disagreement, local, prompts, n, new, checkpointing)
+    dropped = ""
+    if local.share:
+        try:
+            error = compare()
+            if not error <= tolerance:  # NaN, too
+                dropped = f"{error:.2g} nats per token off"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as trouble:  # whatever a model makes of an attention or a cache that is not its own
+            dropped = one_line(trouble)
+        if dropped:
+            local.stop_sharing()
+    if not local.share:
+        try:
+            error = compare()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as trouble:
+            raise ValueError(f"{name} cannot be used here: {one_line(trouble)}") from trouble
+    if not torch.equal(weights, fingerprint(model)):
+        raise ValueError(f"{name} cannot be used here: computing with it changes its weights.")
+    if not error <= tolerance:
+        raise ValueError(
+            f"{name} cannot be used here: sampled and computed log-probs differ by {error:.2g} nats per "
+            f"token, and rounding by {tolerance} at most. What it samples is not what it computes."
+        )
+    return Check("shared" if local.share else "plain", error, tolerance, dropped)
+
+
+def disagreement(
+    local: LocalModel, prompts: Sequence[tuple[int, ...]], n: int, new: int, checkpointing: bool
+) -> float:
+    """Nats per token between drawn, learned and plain log-probs of fresh responses, where it is most: at one prompt."""
+    model = local.model
+    options = {"max_new_tokens": new, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    draw = shared_sample if local.share else plain_sample
+    batches = [prompts] if local.share else [[prompt] for prompt in prompts]
+    responses: list[Tensor] = []
+    drawn: list[Tensor] = []
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for batch in batches:
+            recorder = Recorder()
+            rows = [prompt for prompt in batch for _ in range(n)]
+            some = draw(model, rows, local.eos, local.pad, logits_processor=[recorder], **options)
+            responses += some
+            drawn += recorder.logprobs(some)
+    groups = []
+    for i, prompt in enumerate(prompts):
+        groups.append((torch.tensor(prompt), responses[i * n : (i + 1) * n]))
+    mode = model.training
+    model.train(checkpointing)
+    try:
+        with torch.no_grad():
+            learned = local.group_logprobs(groups)
+            with attention(model, local.own_attention):
+                plain = [plain_logprobs(model, *group) for group in groups]
+    finally:
+        model.train(mode)
+    errors = []
+    for i in range(len(prompts)):
+        here = torch.cat(learned[i]).cpu()
+        errors.append((here - torch.cat(drawn[i * n : (i + 1) * n])).abs().mean())
+        errors.append((here - torch.cat(plain[i]).cpu()).abs().mean())
+    return float(torch.stack(errors).max())
+
+
+def fingerprint(model) -> Tensor:
+    """The sum of each parameter: some models (RWKV) rescale their weights when they switch between two modes."""
+    sums = [parameter.detach().sum(dtype=torch.float64).cpu() for parameter in model.parameters()]
+    return torch.stack(sums).nan_to_num()
+
+
+def one_line(trouble: Exception) -> str:
+    """What an exception says, or its name, short."""
+    return " ".join((str(trouble) or type(trouble).__name__).split())[:200]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1158,14 +1366,22 @@ class MasterAdamW:
     def __init__(
         self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)
     ) -> None:
-        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`."""
+        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`.
+
+        The model stays on its device, one GPU or the CPU. `host_bytes(model)` says what this takes there.
+        """
         self.max_norm = max_norm
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.masters: list[Tensor] = []
         self.copied: list[tuple[Tensor, Tensor]] = []  # (parameter in 16 bits, its master)
+        short = [p for p in self.params if p.dtype.itemsize < 4]
+        self.stream = torch.cuda.Stream(short[0].device) if short and short[0].is_cuda else None
+        largest = max((p.numel() for p in short), default=0)
+        self.passages = [Passage(largest, self.stream), Passage(largest, self.stream)]
         for param in self.params:
             if param.dtype.itemsize < 4:
-                master = param.detach().cpu().float()
+                self.passages[0].fetch(param.detach())
+                master = self.passages[0].arrived().clone()
                 self.copied.append((param, master))
             else:
                 master = param
@@ -1174,19 +1390,54 @@ class MasterAdamW:
             self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
         )
 
+    @staticmethod
+    def host_bytes(model) -> int:
+        """The host memory that an optimizer of this model takes from its first step on: 12 bytes per weight in 16 bits,
+        for master and moments, and two passages for the largest tensor. Weights in float32 on a CPU: 8 bytes each.
+        """
+        total = largest = 0
+        for param in model.parameters():
+            if param.requires_grad and param.dtype.itemsize < 4:
+                total += 12 * param.numel()
+                largest = max(largest, 4 * param.numel())
+            elif param.requires_grad and not param.is_cuda:
+                total += 8 * param.numel()
+        if largest:
+            largest = 2 ** math.ceil(math.log2(largest))  # torch rounds pinned memory up to a power of two
+        return total + 2 * largest
+
     @torch.no_grad()
     def step(self) -> float:
         """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
         if math.isfinite(norm):
-            for param, master in self.copied:
-                master.grad = None if param.grad is None else param.grad.cpu().float()
-            self.adamw.step()
-            for param, master in self.copied:
-                param.copy_(master)
-        for tensor in [*self.params, *self.masters]:
-            tensor.grad = None
+            self.adamw.step()  # steps what has a gradient: those that are their own masters
+            for master in self.masters:
+                master.grad = None
+            self.step_masters()
+        for param in self.params:
+            param.grad = None
         return norm
+
+    def step_masters(self) -> None:
+        """One master after the other: its gradient comes, it steps, its parameter becomes equal to it.
+
+        While the CPU makes one step, the next gradient is on its way from the GPU, and the last weights on theirs back.
+        """
+        moving = [(param, master) for param, master in self.copied if param.grad is not None]
+        for i, (param, master) in enumerate(moving):
+            passage = self.passages[i % 2]
+            if i == 0:
+                passage.fetch(param.grad)
+            if i + 1 < len(moving):
+                following = moving[i + 1][0]
+                self.passages[(i + 1) % 2].fetch(following.grad)
+            master.grad = passage.arrived()
+            self.adamw.step()
+            master.grad = None
+            passage.send(master, param)
+        if self.stream is not None:
+            self.stream.synchronize()  # until the last weights are there
 
     def state_dict(self) -> dict:
         """The moments and the masters, from which the model's own weights follow."""
@@ -1201,6 +1452,41 @@ class MasterAdamW:
         for param, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             param.copy_(master)
+
+
+class Passage:
+    """Host memory, in float32, that one tensor at a time passes through on its way from a GPU or back to it.
+
+    It is pinned, so copies run beside the CPU's work, on a stream of their own, in the order in which they were begun:
+    once a gradient has arrived, the weights sent before it have left. On a CPU (no stream) they are plain copies.
+    """
+
+    def __init__(self, numel: int, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+        self.room = torch.empty(numel, dtype=torch.float32, pin_memory=stream is not None)
+        self.event = None if stream is None else torch.cuda.Event()
+
+    def fetch(self, tensor: Tensor) -> None:
+        """Begin to copy a tensor to here. A copy that does not block is converted by the GPU."""
+        self.held = self.room[: tensor.numel()].view(tensor.shape)
+        if self.stream is not None:  # the GPU's other work comes first: the tensor may be its result
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):  # None: as if it were not there
+            self.held.copy_(tensor, non_blocking=True)
+        if self.event is not None:
+            self.event.record(self.stream)
+
+    def arrived(self) -> Tensor:
+        """What was fetched, as soon as it is there; of use until the next `fetch` or `send`."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.held
+
+    def send(self, master: Tensor, param: Tensor) -> None:
+        """Begin to copy a master to its parameter."""
+        self.held.copy_(master)
+        with torch.cuda.stream(self.stream):
+            param.copy_(self.held, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import psutil  # comes with accelerate
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
@@ -42,14 +43,7 @@ import data
 import evolve
 from data import Answer, Problem
 from evolve import Edit, Settings, option
-from lse import (
-    INVALID_REWARD,
-    MasterAdamW,
-    advantages,
-    delta_reward,
-    group_logprobs,
-    policy_loss,
-)
+from lse import INVALID_REWARD, Check, MasterAdamW, advantages, delta_reward, policy_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
@@ -157,7 +151,7 @@ def train_step(
     editor.model.train(s.gradient_checkpointing)
     surprise = 0.0
     for groups, group_weights in micro_batches(rollouts, my_weights, s.micro_batch):
-        logps = sum(group_logprobs(editor.model, groups), [])  # one tensor (T,) per edit
+        logps = sum(editor.group_logprobs(groups), [])  # one tensor (T,) per edit
         policy_loss(logps, group_weights.flatten(), n_tokens).backward()
         surprise -= sum(float(logp.detach().sum()) for logp in logps)
     if processes > 1:
@@ -167,6 +161,7 @@ def train_step(
 
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
+    line["spread"] = float(weights.max() - weights.min())  # 0: no edit was better than another
     line["entropy"] = sum(gather_object([surprise])) / n_tokens  # E[−log p] = H, in nats per token
     line["seconds"] = {"sample": sampled - started, "score": scored - sampled}
     line["seconds"]["learn"] = time.time() - scored
@@ -248,16 +243,24 @@ class Progress:
     noise: float | None = None  # standard deviation of the reward when nothing is edited
 
 
-def reinforce(task, solver, editor, s: Config, out: Path, accelerator: Accelerator) -> Progress:
-    """The RL loop, from the last checkpoint if there is one. Another --steps stretches the schedule."""
+def reinforce(
+    task, solver, editor, s: Config, out: Path, accelerator: Accelerator, check: Check
+) -> Progress:
+    """The RL loop, from the last checkpoint if there is one. Another --steps stretches the schedule.
+
+    `check` is what was found of the editor; its figure stands in the first line of the log.
+    """
     optimizer = MasterAdamW(editor.model, lr=s.lr)
     progress = Progress()
     if s.resume:
         progress = load_checkpoint(out, s, optimizer, accelerator) or progress
     done = len(progress.lines)
     main_process = accelerator.is_main_process
+    saved, saving = time.time(), 0.0  # when the last checkpoint was written, and the seconds that it took
     bar = {"desc": "2. RL", "unit": "step", "disable": not main_process}
     for step in tqdm(range(done, s.steps), total=s.steps, initial=done, **bar):
+        if step == 0:
+            check_headroom(task, solver, s, accelerator)
         # Start states, grown with the current editor: at test time it will edit its own earlier edits.
         if step == 0 or (s.grow_every and step % s.grow_every == 0):
             progress.pool = grow_states(task, solver, editor, s, step, accelerator) + progress.pool
@@ -271,6 +274,8 @@ def reinforce(task, solver, editor, s: Config, out: Path, accelerator: Accelerat
         line, rollouts = train_step(
             task, solver, editor, optimizer, progress.pool, s, step, accelerator
         )
+        if step == 0:
+            line["sampler_error"] = check.error
         # JSON knows no NaN: it becomes None.
         progress.lines.append(json.loads(json.dumps(line), parse_constant=lambda _: None))
         if main_process:
@@ -282,9 +287,75 @@ def reinforce(task, solver, editor, s: Config, out: Path, accelerator: Accelerat
             raise SystemExit(
                 "Three steps in a row had no finite gradient: start again with a lower --lr."
             )
-        if main_process and ((step + 1) % s.save_every == 0 or step + 1 == s.steps):
+        check_learning(progress.lines, rollouts, s)
+        if main_process and checkpoint_due(step, s, time.time() - saved, saving):
+            started = time.time()
             save_checkpoint(out, s, optimizer, progress)
+            saved = time.time()
+            saving = saved - started
     return progress
+
+
+# Perfect instructions must beat the seed instructions by that much.
+HEADROOM = 0.1
+# A run in which nothing can be learned shows it in so many steps.
+EARLY = 3
+
+
+def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
+    """Say what edits can reach at most, where the task knows. SystemExit if there is nothing to reach."""
+    domains = enough_problems(task, "train", s)[:8]
+    scores = evolve.headroom(task, solver, domains, training_splits(s, s.seed))
+    if scores is None:
+        return
+    seed, perfect = scores
+    accelerator.print(
+        f"0. Headroom: the seed instructions score {seed:.3f}, perfect instructions {perfect:.3f} "
+        f"(holdout of {len(domains)} training domains).",
+        flush=True,
+    )
+    if perfect - seed < HEADROOM:
+        raise SystemExit(
+            "There is no headroom: the solver does no better with all that can be known, so no edit can "
+            "help. Choose another --model, or a --solver that uses what its instructions say."
+        )
+
+
+def check_learning(lines: list[dict], rollouts: list[Rollout], s: Config) -> None:
+    """SystemExit with the reason and a sample, if after EARLY steps nothing has told a good edit from a bad one."""
+    if len(lines) != EARLY or s.steps <= EARLY or s.states * s.group == 1:
+        return
+    edit = rollouts[0].edits[0]
+    if not any(line["valid"] for line in lines):
+        why = f"no edit of the first {EARLY} steps could be used ({edit.note})"
+        remedy = "a larger --model, one that follows the form which the prompt asks for"
+        if sum(line["cut"] for line in lines) > EARLY * s.states * s.group / 2:
+            remedy = f"a larger --editor-tokens than {s.editor_tokens}: most edits were cut off"
+    elif not any(line["spread"] for line in lines):
+        scores = [score for each in rollouts for score in each.after if not math.isnan(score)]
+        why = f"in the first {EARLY} steps no edit was better than another"
+        why += f"; the last ones score {min(scores):.3f} to {max(scores):.3f}" if scores else ""
+        remedy = "a larger --holdout or --states, or a --solver that its instructions can help"
+        if s.advantage == "grpo" and s.group == 1:
+            remedy = "--group 2 or more: grpo compares the edits of one start state"
+    else:
+        return
+    raise SystemExit(
+        f"This run cannot learn: {why}.\nAn edit for {evolve.printable(rollouts[0].state.domain)}: "
+        f"{one_line(edit.text)}\nTry {remedy}."
+    )
+
+
+def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
+    """After the last step, every `save_every` steps, else so seldom that saving takes less than 5% of the time.
+
+    `since` are the seconds since the last checkpoint, `saving` those that it took; both are 0 before the first.
+    """
+    if step + 1 == s.steps:
+        return True
+    if s.save_every:
+        return (step + 1) % s.save_every == 0
+    return since > 20 * saving
 
 
 def step_text(line: dict) -> str:
@@ -337,11 +408,15 @@ def grow_states(
     started = time.time()
     trees = evolve.seed_trees(task, mine, solver, own)
     if step == 0:  # the first real work of a run
+        accelerator.print(evolve.seed_outcome(solver, trees, s), flush=True)
         answers, _ = count_calls(s, len(task.domains("train")), len(task.domains("test")))
         left = answers // accelerator.num_processes - solver.usage.answers
         accelerator.print(evolve.pace_text(solver, time.time() - started, left), flush=True)
     bar = "1. growing trees" if accelerator.is_main_process else ""
     evolve.evolve_all(task, trees, solver, editor, own, s.search, progress=bar)
+    advice = evolve.edit_outcome(editor, s)
+    if step == 0 and advice:
+        accelerator.print(advice, flush=True)
     states = []
     for domain, tree in trees.items():
         best = tree.best().score
@@ -408,22 +483,40 @@ def evaluate(
     evolve.evolve_all(task, trees, solver, editor, s, s.search, progress=bar)
     tests = evolve.final_test(task, trees, solver, s)
     seed_scores: list[float] = []
-    best_scores: list[float] = []
+    best_scores: dict[str, float] = {}
     all_trees = {}
     for part_trees, part_tests in gather_object([(trees, tests)]):
         all_trees |= part_trees
-        for seed, best in part_tests.values():
+        for domain, (seed, best) in part_tests.items():
             seed_scores.append(fmean(seed))
-            best_scores.append(fmean(best))
-    mean, error = evolve.mean_error(best_scores)
+            best_scores[domain] = fmean(best)
+    mean, error = evolve.mean_error(list(best_scores.values()))
     results = {
         "test_accuracy": mean,
         "stderr": None if math.isnan(error) else error,
         "domains": len(all_trees),
         "seed_instructions": fmean(seed_scores),
         "holdout_best": fmean(tree.best().score for tree in all_trees.values()),
+        "scores": best_scores,
     }
     return results, all_trees
+
+
+def paired_gain(before: dict[str, float], after: dict[str, float]) -> dict:
+    """What training gained, from the test score of each domain with either editor: domain by domain, so that easy and
+    hard ones do not count as noise. `stderr` is over domains, None if there is only one.
+
+    >>> paired_gain({"a": 0.0, "b": 0.5}, {"a": 0.5, "b": 0.5})
+    {'mean': 0.25, 'stderr': 0.25, 'better': 1, 'worse': 0}
+    """
+    gains = [after[domain] - before[domain] for domain in before]
+    mean, error = evolve.mean_error(gains)
+    return {
+        "mean": mean,
+        "stderr": None if math.isnan(error) else error,
+        "better": sum(gain > 0 for gain in gains),
+        "worse": sum(gain < 0 for gain in gains),
+    }
 
 
 def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
@@ -444,9 +537,16 @@ def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
     for name in ("untrained", "trained"):
         error = "" if results[name]["stderr"] is None else f" ± {results[name]['stderr']:.3f}"
         print(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{error}")
+    gain = results["gain"]
+    error = "" if gain["stderr"] is None else f" ± {gain['stderr']:.3f}"
+    print(
+        f"  gain, paired       {gain['mean']:+.3f}{error}   "
+        f"({gain['better']} domains better, {gain['worse']} worse)"
+    )
     if is_usual_run(results["config"]):
         print(f"  {EXPECT}")
     print(worth_of_edits(trees))
+    print(evolve.account_text(results, Config(**results["config"])))
     if results["skipped_steps"]:
         print(f"{results['skipped_steps']} steps were skipped: no finite gradient.")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
@@ -522,7 +622,9 @@ class Config(Settings):
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: for long prompts"
     )
-    save_every: int = option(1, "steps between checkpoints (a 4B model writes 48 GB each)")
+    save_every: int = option(
+        0, "steps between checkpoints (of a 4B model 48 GB each); 0: they take under 5% of the time"
+    )
 
 
 # What may differ when a run is resumed: its length, how often it saves, and where its folder has been moved to.
@@ -533,10 +635,8 @@ def plan(
     task, solver, editor, s: Config, out: Path, train: list[str], test: list[str], processes: int
 ) -> str:
     """The plan of the run. ValueError names what cannot work: all that can be known before the first model call."""
-    if min(s.states, s.group, s.test, s.micro_batch, s.save_every) < 1:
-        raise ValueError(
-            "--states, --group, --test, --micro-batch and --save-every must be 1 or more."
-        )
+    if min(s.states, s.group, s.test, s.micro_batch) < 1:
+        raise ValueError("--states, --group, --test and --micro-batch must be 1 or more.")
     if s.states % processes:
         raise ValueError(
             f"--states {s.states} cannot be shared by {processes} processes: choose a multiple."
@@ -553,9 +653,37 @@ def plan(
     weights = sum(parameter.numel() for parameter in editor.model.parameters())
     size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
     problems = [problem for domain in train + test for problem in task.problems(domain)]
-    return "Plan\n  " + evolve.plan_lines(
-        task, (solver, editor), (answers, edits), problems, s, out, size
-    )
+    models = (solver, editor)
+    lines = evolve.plan_lines(task, models, (answers, edits), problems, s, out, size)
+    return f"Plan\n  {lines}\n  {memory_line(editor.model, s.resume)}"
+
+
+def memory_line(model, resume: bool) -> str:
+    """What the optimizer takes of this machine's own memory. ValueError if that is not there."""
+    size = MasterAdamW.host_bytes(model)
+    if resume:  # for a moment, the masters are there twice
+        size += sum(4 * p.numel() for p in model.parameters() if p.dtype.itemsize < 4)
+    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's word for the processes on this machine
+    free = memory_free()
+    if free < size:
+        raise ValueError(
+            f"The optimizer takes up to {size / 1e6:,.0f} MB of this machine's memory, besides the GPU's, "
+            f"and {free / 1e6:,.0f} MB are left: choose a smaller --model or a machine with more."
+        )
+    return f"host memory: up to {size / 1e6:,.1f} MB for the optimizer, of {free / 1e6:,.0f} MB that are left"
+
+
+def memory_free() -> int:
+    """Bytes of memory that this machine has left, or the container that this runs in."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        # not memory.current, which counts what was read from files, and is given up when needed
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - int(used["anon"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit: "max"
+        return free
 
 
 def count_calls(s: Config, train: int, test: int) -> tuple[int, int]:
@@ -651,7 +779,7 @@ def main(s: Config) -> dict | None:
 
     # 0. Everything that can fail early fails here. The solver stays as it is; the editor starts from the same weights.
     s = evolve.with_presets(s)
-    out = Path(s.out or f"runs/{s.task}")
+    out = Path(s.out or evolve.run_folder(s.task))
     name = s.model
     if not name and s.task == "mini":
         name = str(evolve.MINIATURE / "base")
@@ -661,7 +789,7 @@ def main(s: Config) -> dict | None:
         )
     task = data.load_task(s.task, s.data or None)
     train, test = enough_problems(task, "train", s), enough_problems(task, "test", s)
-    editor = evolve.load_model(name, s.max_batch_tokens)
+    editor = evolve.load_model(name, s.max_batch_tokens, s.dtype)
     solver = evolve.open_model(s.solver or name, s.solver_model, s)
     accelerator.print(
         plan(task, solver, editor, s, out, train, test, accelerator.num_processes), flush=True
@@ -669,33 +797,44 @@ def main(s: Config) -> dict | None:
     if accelerator.is_main_process:
         evolve.open_run(s, out, FREE, look=s.dry_run)
     if s.dry_run:
+        accelerator.print("A dry run: no model was asked, nothing was written.")
         return None
     accelerator.wait_for_everyone()  # until the folder is there
     if s.gradient_checkpointing:
         editor.model.activation_checkpointing_enable()
 
+    splits = evolve.split_problems(task.problems(train[0]), training_splits(s, s.seed))
+    checks = evolve.check_models(
+        task, splits["pool"], solver, editor, s, s.gradient_checkpointing
+    )
+    accelerator.print(evolve.check_text(checks), flush=True)
+
     # 1. Start states, and 2. reinforcement learning on them.
-    progress = reinforce(task, solver, editor, s, out, accelerator)
+    progress = reinforce(task, solver, editor, s, out, accelerator, checks["editor"])
     if accelerator.is_main_process:
         evolve.save_model(editor, out / "editor")
     clocks.append(time.time())
 
     # 3. Before and after, on domains that training never saw.
-    base = solver  # in both roles, unless the solver is another model
+    base = evolve.twin(solver)  # in both roles, unless the solver is another model
     if s.solver:
-        base = evolve.load_model(name, s.max_batch_tokens)
+        base = evolve.load_model(name, s.max_batch_tokens, s.dtype)
+        base.share = editor.share
     untrained, trees_before = evaluate(task, solver, base, s, "3. untrained editor", accelerator)
     trained, trees = evaluate(task, solver, editor, s, "3. trained editor", accelerator)
     clocks.append(time.time())
     results: dict[str, Any] = {
         "untrained": untrained,
         "trained": trained,
+        "gain": paired_gain(untrained["scores"], trained["scores"]),
         "reward_noise": progress.noise,
         "config": asdict(s),
         "skipped_steps": sum(line["skipped"] for line in progress.lines),
-        "cost": {"solver": evolve.cost(solver.usage), "editor": evolve.cost(editor.usage)},
         "seconds": {"rl": clocks[1] - clocks[0], "evaluation": clocks[2] - clocks[1]},
     }
+    solver.usage = evolve.total(gather_object([solver.usage]))
+    editor.usage = evolve.total(gather_object([editor.usage, base.usage]))
+    results |= evolve.account(trees, solver, editor, checks)
     if accelerator.is_main_process:
         finish(results, trees_before, trees, out)
     accelerator.end_training()

@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -449,6 +450,7 @@ def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeyp
     (dict(states=3, processes=2), "--states 3 cannot be shared by 2 processes"),
     (dict(editor_tokens=1900, solver_tokens=200), "reads 2048 tokens"),
     (dict(free=100), "may grow by .* MB, and its disk has 0 left"), (dict(nan=True), "not finite"),
+    (dict(memory=100), "takes up to .* MB of this machine's memory, besides the GPU's, and 0 MB are left"),
     (dict(model="/no/where"), "No model can be loaded from /no/where"),
     (dict(task="bird"), "needs --data"), (dict(task="mmlu", data="/no/where"), "/no/where does not exist"),
     (dict(task="jsonl", data=__file__, model=""), "needs --model"), (dict(task="chess"), "No task 'chess'"),
@@ -463,6 +465,8 @@ def test_what_cannot_work_fails_at_once(small, monkeypatch, no_calls, base, tmp_
         return
     if free := settings.pop("free", None):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, free))
+    if memory := settings.pop("memory", None):
+        monkeypatch.setattr(train, "memory_free", lambda: memory)
     if settings.pop("nan", None):
         model = evolve.load_model(base)
         model.model.model.norm.weight.data[0] = math.inf
@@ -474,6 +478,27 @@ def test_what_cannot_work_fails_at_once(small, monkeypatch, no_calls, base, tmp_
     with pytest.raises((SystemExit, ValueError, OSError), match=f"(?s){sentence}"):  # __main__ makes one of all three
         small(out, **settings)
     assert not out.exists()
+
+
+def test_the_plan_says_what_host_memory_the_optimizer_takes(base, monkeypatch):
+    """8 bytes per weight in float32, on a resume or not; masters, moments and two passages for weights in 16 bits."""
+    model = evolve.load_model(base).model
+    weights = model.num_parameters()
+    assert train.memory_line(model, True).startswith(f"host memory: up to {8 * weights / 1e6:.1f} MB")
+    model.bfloat16()
+    sizes = [float(train.memory_line(model, resume).split()[4]) for resume in (False, True)]
+    assert sizes == pytest.approx([MasterAdamW.host_bytes(model) / 1e6, sizes[0] + 4e-6 * weights], abs=0.1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert float(train.memory_line(model, False).split()[4]) == pytest.approx(8 * sizes[0], abs=1)
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch):
+    there = {"memory.max": "9000000000\n", "memory.stat": "anon 4000000000\nfile 5000000000\n"}
+    monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**10))
+    monkeypatch.setattr(Path, "read_text", lambda path: there[path.name])
+    assert train.memory_free() == 5 * 10**9
+    there["memory.max"] = "max\n"
+    assert train.memory_free() == 10**10
 
 
 def test_too_few_problems_is_an_error_with_the_numbers_or_left_out(small, no_calls, tmp_path, capsys):

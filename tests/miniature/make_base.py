@@ -24,7 +24,6 @@ Left out on purpose: validation losses, checkpoints, a learning rate found by se
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -42,6 +41,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the four files
 
 from data import COLUMNS, QUESTIONS, ROWS, WORDS, Answer, Mini, glossary_text, mini_chat, mini_sql
+from evolve import spell_for_old_readers
 from lse import LocalModel
 
 Chat = list[dict[str, str]]
@@ -416,27 +416,6 @@ def save_checkpoint(model, tokenizer, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     spell_for_old_readers(folder)
-
-
-def spell_for_old_readers(folder: Path) -> None:
-    """Write into a checkpoint of transformers 5 what transformers 4 looks for.
-
-    Version 5 writes the RoPE base into "rope_parameters", which version 4 does not know: it would silently take 10,000.
-    Its tokenizer class "TokenizersBackend" does not exist there, nor may "extra_special_tokens" be a list.
-    """
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    tokenizer_file = folder / "tokenizer_config.json"
-    config = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if "extra_special_tokens" in config:
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    config.pop("is_local", None)  # how it was loaded here: no property of it
-    config.pop("local_files_only", None)
-    tokenizer_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def make_base(seed: int, out: Path, hidden: int = 64, patience: float = 1.0) -> float:
