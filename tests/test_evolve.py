@@ -416,7 +416,7 @@ def test_who_gains_nothing_gets_the_seed_instructions_and_is_told(tmp_path: Path
     solver, editor = Scribe(skilled), Scribe(write)
     trees = evolve.seed_trees(task, ["a", "b"], solver, s)
     evolve.evolve_all(task, trees, solver, editor, s)
-    evolve.finish(task, trees, solver, editor, s, tmp_path)
+    evolve.finish(task, trees, solver, editor, s, tmp_path, {})
     said = capsys.readouterr().out
     assert "Nothing beat the seed instructions in 1 of 2 domains, and there you get the seed instructions: a." in said
     assert "1 of 2 trees stopped before round 3: a node answers its whole holdout right" in said
