@@ -21,7 +21,7 @@ import data
 import train
 
 SETTINGS = dict(task="mini", steps=4, states=4, group=2, k=2, rounds=2, grow_rounds=2, grow_every=3, holdout=4, test=4,
-                solver_tokens=3, editor_tokens=6, solver_temperature=0.7, lr=1e-3)  # fmt: skip
+                solver_tokens=3, editor_tokens=6, solver_temperature=0.7, lr=1e-3, save_every=1)  # fmt: skip
 
 
 def luck(text: str) -> int:
@@ -67,7 +67,7 @@ def end_state(out: Path) -> dict:
     checkpoint = torch.load(newest, weights_only=True)
     lines = [{name: value for name, value in line.items() if name != "seconds"} for line in checkpoint.pop("lines")]
     results = json.loads((out / "results.json").read_text())
-    del results["seconds"], results["config"]
+    del results["seconds"], results["config"], results["cost"]  # the cost is counted since the start or --resume
     editor = train.evolve.load_model(out / "editor").model.state_dict()
     trees = {file.name: json.loads(file.read_text()) for file in sorted((out / "trees").glob("*.json"))}
     plain = json.dumps(checkpoint, default=lambda x: x.tolist())
