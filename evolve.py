@@ -110,8 +110,8 @@ def evolve_all(
 ) -> dict[str, EvolutionTree]:
     """Grow the trees of all domains {domain: tree} to `s.rounds` rounds each (Algorithm 1), and return them.
 
-    All trees grow in step, so that each model call is one large batch. A round adds one node to each tree: so an
-    interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is solved stops,
+    All trees grow in step, so that each model call is one large batch. A round adds one node to each tree, or --edits
+    of them: so an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is solved stops,
     unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress bar, "" shows
     none. ValueError: method or search does not exist.
     """
@@ -134,7 +134,8 @@ def evolve_all(
         jobs = [(r.parent.instructions, r.batch) for r in rounds]
         for r, answers in zip(rounds, solve_all(task, solver, jobs, **solver_sampling(s))):
             r.summary = answers
-        # 3. The editor reads instructions and summary, and writes new instructions.
+        # 3. The editor reads instructions and summary, and writes new instructions, --edits times.
+        rounds = [replace(r) for r in rounds for _ in range(s.edits)]
         propose(task, editor, rounds, s)
         # 4. Score them on the holdout, if they deserve it.
         accept(task, solver, rounds, s)
@@ -279,7 +280,8 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
         )
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
-        solver.usage.lenient += grade.lenient
+        if grade.lenient:
+            solver.usage.lenient += 1
     return answers
 
 
@@ -744,6 +746,7 @@ class Settings:
     test: int | None = option(None, "problems kept for one honest look at the end; 0: none")
     samples: int | None = option(None, "answers per holdout problem; a score is the mean over both")
     c: float | None = option(None, "C of the UCB rule: 0 is best-first, large is exploration")
+    edits: int = option(1, "P, edits of the chosen node per round: all are scored and attached")
     # How the two models sample. Training samples its edits at temperature 1 with nothing cut off.
     solver_tokens: int | None = option(None, "new tokens per answer")
     editor_tokens: int | None = option(None, "new tokens per edit")
@@ -841,7 +844,7 @@ PRESETS = {
     "grow_rounds": Preset(mini=10, shop=5, paper=10, rehearsal=2),
 }
 # All other numbers may be 0.
-AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")
+AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds", "edits")
 AT_MOST_ZERO = ("invalid_reward",)
 
 
@@ -1147,8 +1150,9 @@ def count_calls(trees: int, s: Config) -> tuple[int, int]:
     batch = 2 * s.k if s.compare or s.method == "gepa" else s.k
     calls_per_edit = 2 if s.compare or s.method == "textgrad" else 1
     score = s.holdout * s.samples
-    answers = trees * (score + s.rounds * (batch + score) + 2 * s.test * s.samples)
-    return answers, trees * s.rounds * calls_per_edit
+    per_round = s.k + s.edits * (batch - s.k + score)
+    answers = trees * (score + s.rounds * per_round + 2 * s.test * s.samples)
+    return answers, trees * s.rounds * s.edits * calls_per_edit
 
 
 def pace_text(solver, seconds: float, answers_left: int) -> str:
@@ -1392,8 +1396,9 @@ def restore_trees(
     growing = [tree.rounds for tree in trees.values() if not (stop and solved(tree))]
     rounds = min(growing, default=rounds_done(trees))
     for tree in trees.values():
-        size = rounds + 1  # a round is a node more than the seed's
-        for node in tree.nodes[size:]:
+        edits = (len(tree.nodes) - 1) // max(1, tree.rounds)  # of a round: the seed's node is of none
+        size = 1 + rounds * edits
+        for node in tree.nodes[size::edits or 1]:  # one of each round
             tree.nodes[node.parent].visits -= 1
         tree.nodes = tree.nodes[:size]
         tree.rounds = min(tree.rounds, rounds)
@@ -1566,9 +1571,8 @@ def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
     if counted["cut"] > half:
         limit = s.solver_tokens if role == "solver" else s.editor_tokens
         return (
-            f"Most of what the {role} wrote was cut off at {limit:,} tokens: "
-            f"give it more by --{role}-tokens, "
-            "or switch its thinking off where it is served."
+            f"Most of what the {role} wrote was cut off at {limit:,} tokens: give it more by "
+            f"--{role}-tokens, or switch its thinking off where it is served."
         )
     if counted["unreadable"] > half:
         return (

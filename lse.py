@@ -58,6 +58,7 @@ from transformers import (
     DynamicLayer,
     GenerationConfig,
     LogitsProcessor,
+    StoppingCriteria,
     TopPLogitsWarper,
 )
 
@@ -370,9 +371,14 @@ def plain_sample(
         for length, same in places.items():
             ids = torch.tensor([rows[i] for i in same], device=model.device)  # (rows, P)
             drawn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            for i, row in zip(same, drawn[:, length:].cpu()):
+            for i, row in zip(same, drawn_ids(drawn)[:, length:]):
                 out[i] = until_end(row, eos)
     return [out[i] for i in range(len(rows))]
+
+
+def drawn_ids(drawn) -> Tensor:
+    """The ids in what `generate` returns, on the CPU: (rows, P + T)."""
+    return getattr(drawn, "sequences", drawn).cpu()
 
 
 @contextmanager
@@ -531,7 +537,7 @@ class LocalModel:
             out += samples
         return out
 
-    def draw_rows(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+    def draw_rows(self, rows: Sequence[Sequence[int]], options: dict) -> list[Tensor]:
         """One batch, the shared way; the plain way where the model turns out to be unable to share."""
         if self.share:
             try:
@@ -638,7 +644,7 @@ def shared_sample(
             **cheap_filters(options),
         )  # (R, 1 + T)
         check_attended(model, cache)
-    return [until_end(row, eos) for row in out[:, 1:].cpu()]
+    return [until_end(row, eos) for row in drawn_ids(out)[:, 1:]]
 
 
 @dataclass
@@ -719,7 +725,7 @@ def read_texts(
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         check_attended(model, cache)
         for i, layer in enumerate(cache.layers):
-            keys, values = layer.read  # (some, h, width, d) each
+            keys, values = layer.read  # type: ignore[union-attr]  # (some, h, width, d) each
             if len(levels) == i:
                 all_keys = keys.new_zeros(keys.shape[1], len(texts), longest, keys.shape[3])
                 all_values = values.new_zeros(*all_keys.shape[:3], values.shape[3])
@@ -743,10 +749,10 @@ class PromptLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.common is None else self.common[0].shape[1]
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
-        self.read = (keys, values)  # (B, h, P1, d) each
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
+        self.read = (key_states, value_states)  # (B, h, P1, d) each
         # Views: were they `read` itself, layer and keys would hold each other in memory.
-        return handed_out(self, keys[:], values[:])
+        return handed_out(self, key_states[:], value_states[:])
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """(B, heads, P1, d) -> (B, heads, P1, d)"""
@@ -794,8 +800,9 @@ class RowLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length + self.used
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
+        keys, values = key_states, value_states
         if self.used == 0:
             self.rows = len(keys)
             self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
@@ -842,8 +849,8 @@ class RowLayer(DynamicLayer):
 
 def handed_out(layer: DynamicLayer, keys: Tensor, values: Tensor) -> Level:
     """Marked, so that the attention function finds the layer, and sees that they are as they came from it."""
-    keys.layer = layer
-    values.layer = layer
+    for tensor in (keys, values):
+        tensor.layer = layer  # type: ignore[attr-defined]
     return keys, values
 
 
@@ -868,9 +875,9 @@ def levels_attention(
     return out.transpose(1, 2), None  # (B, Q, heads, d)
 
 
-def strange_settings(settings: dict[str, Any], known: set[str] = frozenset()) -> list[str]:
+def strange_settings(settings: dict[str, Any], known: Sequence[str] = ()) -> list[str]:
     """The names of those that may change what attention gives, in a way that is not known here."""
-    harmless = HARMLESS | known
+    harmless = HARMLESS.union(known)
     return [name for name in settings if name not in harmless and settings[name] is not None]
 
 
@@ -891,7 +898,7 @@ def attention(model, name: str) -> Iterator[None]:
 def check_attended(model, cache: Cache) -> None:
     """An attention that ignores the function asked for has seen a part of the keys only, without a word."""
     for layer in cache.layers:
-        if layer.ignored:
+        if layer.ignored:  # type: ignore[union-attr]
             name = type(model).__name__
             raise NotImplementedError(f"{name} attends in a way of its own and cannot share prompts.")
 
@@ -967,7 +974,8 @@ class Crowd:
 
     def joined_by(self, prompt: Sequence[int], rows: int) -> Crowd:
         """The batch with some rows of another prompt."""
-        prefix = len(os.path.commonprefix([self.first[: self.prefix], prompt[:-1]]))
+        both: list[Any] = [self.first[: self.prefix], prompt[:-1]]
+        prefix = len(os.path.commonprefix(both))
         longest = max(self.longest, len(prompt))
         return Crowd(self.first, prefix, longest, self.prompts + 1, self.rows + rows)
 
@@ -1094,7 +1102,7 @@ def attention_window(model) -> int:
     windows = []
     for layer in DynamicCache(config=model.config).layers:
         if getattr(layer, "sliding_window", 0):
-            windows.append(layer.sliding_window)
+            windows.append(layer.sliding_window)  # type: ignore[union-attr]
     return min(windows, default=0)
 
 
@@ -1171,7 +1179,7 @@ def shared_prompt_attention(
     sdpa = AttentionInterface()["sdpa"]
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    strange = strange_settings(kwargs, known={"scaling", "sliding_window"})  # a row fits into the window
+    strange = strange_settings(kwargs, known=("scaling", "sliding_window"))  # a row fits into the window
     if strange:
         raise NotImplementedError(f"Attention with {', '.join(strange)} cannot share prompts.")
     p = query.shape[2] - attention_mask.shape[2]
@@ -1193,10 +1201,10 @@ AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"
 # before a model is used, some responses are drawn and scored, on the run's own prompts.
 
 # How far two computations of one log-prob may be apart by rounding alone: nats, mean over the tokens behind a prompt.
-# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32 (one of
-# a hundred: 2e-5) and 0.04 in bfloat16, whose numbers near 16 are 0.125 apart; with mixtures of experts, where rounding
-# may choose another expert, 0.08. Where something is wrong (attention sinks, a softcap, a bias or a window left out,
-# padding that is read, a model that looks ahead): 0.1 to 7.
+# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32, but for
+# a few of a hundred (Mamba2 computes in two ways: 2e-3); in bfloat16, whose numbers near 16 are 0.125 apart, 0.04, and
+# with mixtures of experts, where rounding may choose another expert, 0.08. Where something is wrong (attention sinks, a
+# softcap, a bias or a window left out, padding that is read, a model that looks ahead): 0.1 to 7.
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -1205,7 +1213,7 @@ class Check:
     """What `verify` found."""
 
     way: str  # how this model samples and learns: "shared" (prompts) or "plain" (row by row)
-    error: float  # nats per token between drawn and learned from, at the prompt where it is largest
+    error: float  # nats per token between what is drawn and what is learned, at the worst prompt
     tolerance: float
     dropped: str = ""  # why the shared way is not used, though it seemed to fit
 
@@ -1218,19 +1226,23 @@ class Check:
         return text
 
 
-class Recorder(LogitsProcessor):
-    """Notes the distributions that `generate` draws from, and changes nothing."""
+class Recorder(StoppingCriteria):
+    """Notes the distributions that `generate` draws from, after all its filters, and stops nothing."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []  # of each step log p, (rows, V)
+        self.steps: tuple[Tensor, ...] = ()  # of each step the scores, (rows, V)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.float().log_softmax(-1).cpu())
-        return scores
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...], **kwargs) -> Tensor:
+        self.steps = scores
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def options(self) -> dict[str, Any]:
+        """What makes `generate` tell."""
+        return {"stopping_criteria": [self], "output_scores": True, "return_dict_in_generate": True}
 
     def logprobs(self, responses: Sequence[Tensor]) -> list[Tensor]:
         """log p of the tokens that were drawn, (T,) each."""
-        every = torch.stack(self.steps, 1)  # (rows, longest, V)
+        every = torch.stack(self.steps, 1).float().log_softmax(-1).cpu()  # (rows, longest, V)
         out = []
         for row, response in zip(every, responses):
             out.append(row[: len(response)].gather(1, response[:, None])[:, 0])
@@ -1297,7 +1309,7 @@ def disagreement(
         for batch in batches:
             recorder = Recorder()
             rows = [prompt for prompt in batch for _ in range(n)]
-            some = draw(model, rows, local.eos, local.pad, logits_processor=[recorder], **options)
+            some = draw(model, rows, local.eos, local.pad, **options, **recorder.options())
             responses += some
             drawn += recorder.logprobs(some)
     groups = []

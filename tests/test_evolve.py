@@ -416,7 +416,7 @@ def test_who_gains_nothing_gets_the_seed_instructions_and_is_told(tmp_path: Path
     solver, editor = Scribe(skilled), Scribe(write)
     trees = evolve.seed_trees(task, ["a", "b"], solver, s)
     evolve.evolve_all(task, trees, solver, editor, s)
-    evolve.finish(task, trees, solver, editor, s, tmp_path)
+    evolve.finish(task, trees, solver, editor, s, tmp_path, {})
     said = capsys.readouterr().out
     assert "Nothing beat the seed instructions in 1 of 2 domains, and there you get the seed instructions: a." in said
     assert "1 of 2 trees stopped before round 3: a node answers its whole holdout right" in said
@@ -847,12 +847,6 @@ def test_the_plan_counts_the_length_of_the_questions(checkpoints: Path) -> None:
         text = evolve.plan(data.Mini(), splits, *models, s, Path("x"))
         sizes.append(float(re.search(r"up to ([\d.]+) MB", text)[1]))
     assert sizes[1] == pytest.approx(sizes[0] + 2 * 3 * 4 * 0.1, abs=0.1)
-
-
-def test_layers_without_a_cache_to_share_are_refused(checkpoints: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evolve, "ATTENTION", {"sliding_attention"})
-    with pytest.raises(SystemExit, match="its layers of full_attention have no cache that prompts could share"):
-        evolve.load_model(checkpoints / "wide")
 
 
 def test_fewer_rounds_than_there_are_are_refused(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:

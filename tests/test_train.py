@@ -277,6 +277,9 @@ class Scribe:
 
         return [[say(chat, j) for j in range(n)] for chat in chats]
 
+    def group_logprobs(self, groups):
+        return [[torch.zeros(len(ids), requires_grad=True) for ids in responses] for _, responses in groups]
+
 
 class Numbers(Columns):
     """The edit "state i edit j" is worth (2i + j) / 8; instructions "state i" nothing."""
@@ -299,8 +302,6 @@ def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
         return ADVANTAGES(kind, after, before, valid, invalid_reward)
 
     monkeypatch.setattr(train, "advantages", capture)
-    monkeypatch.setattr(train, "group_logprobs", lambda model, groups: [
-        [torch.zeros(len(ids), requires_grad=True) for ids in responses] for _, responses in groups])
     order = (2, 0, 3, 1)
     states = [StartState("d", f"state {i}", i / 8, 0, 0.0) for i in order]
     monkeypatch.setattr(train, "draw_states", lambda task, pool, s, step: [
