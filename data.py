@@ -1,15 +1,16 @@
 """The tasks: problems, prompts and graders.
 
-A task is an object with the seven members of `Task` below. Four come with this file:
+A task is an object with the seven members of `Task` below. Five come with this file:
 
     mini     the miniature: databases with a hidden glossary, for models so small that a laptop trains them
+    shop     hidden facts in plain words: a first task for a small pretrained model
     mmlu     multiple choice: MMLU-Redux, SuperGPQA, MMLU-Pro
     jsonl    questions of your own
     bird     text-to-SQL: BIRD and everything in its format
 
-In this order: what a task is, the miniature, question tasks, text-to-SQL; below the last banner the sandbox in which
-SQL of a model runs, and the reading of files. Left out on purpose: models, rewards and trees, the matter of `lse.py`.
-This file knows nothing of them and can be copied away alone.
+In this order: what a task is, the miniature, the shop, question tasks, text-to-SQL; below the last banner the sandbox
+in which SQL of a model runs, and the reading of files. Left out on purpose: models, rewards and trees, the matter of
+`lse.py`. This file knows nothing of them and can be copied away alone.
 
     python -c "import data; print(data.load_task('mini').problems('train000')[0])"
     python -m pytest data.py
@@ -19,6 +20,7 @@ import ast
 import csv
 import difflib
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -34,7 +36,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +72,7 @@ class Grade:
     answer: str  # what the grader took as the answer
     feedback: str = ""  # one line for the editor on what went wrong
     readable: bool = True  # False: nothing to take as an answer (no closed tags, no query, no letter, ...)
+    lenient: bool = False  # the answer stands where it was not asked for: without the tags, say
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Answer:
     feedback: str = ""
     truncated: bool = False  # the response was cut off at the token limit
     readable: bool = True
+    lenient: bool = False  # see Grade
 
 
 Summary = list[Answer]  # S: the k graded problems that the editor sees
@@ -94,15 +98,18 @@ Chat = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 class Task(Protocol):
     """What evolve.py and train.py ask of a task. Write a class with these members; there is nothing to inherit.
 
-    Two more members are optional:
+    Three more members are optional:
         grade_many(pairs, progress="")    the list of `grade(problem, response)` for all pairs, where there is a faster
                                           way than one by one; `progress` is the title of its progress bar
-        read_edit(text)                   the new instructions in an editor's text, None if there are none; without this
-                                          member they are what stands between <prompt> and </prompt>
+        read_edit(text), or               the new instructions in an editor's text, None if there are none; without this
+        read_edit(text, cut)              member they are what stands between <prompt> and </prompt>. A reader that
+                                          takes `cut` is told whether the text was cut off at the token limit.
+        perfect_instructions(domain)      instructions with all that can be known of a domain: how they score shows,
+                                          before a run begins, whether edits have anything to reach
     """
 
     name: str  # a short word for folders and logs
-    seed_instructions: str  # the editable field before the first edit, the paper's c_0
+    seed_instructions: str  # the editable field before the first edit
 
     def domains(self, split: str) -> list[str]:
         """The names of the domains of a split: "train", "test" or "all"."""
@@ -199,6 +206,20 @@ def mini_chat(system: str, *turns: str) -> Chat:
     return chat
 
 
+def numbered_names(sizes: dict[str, int], split: str) -> list[str]:
+    """The domains of a generated task, `sizes[split]` for each split.
+
+    >>> numbered_names({"train": 2, "test": 1}, "all")
+    ['train000', 'train001', 'test000']
+    """
+    splits = list(sizes) if split == "all" else [split]
+    names = []
+    for prefix in splits:
+        for i in range(sizes[prefix]):
+            names.append(f"{prefix}{i:03d}")
+    return names
+
+
 class Mini:
     """The miniature task. A domain's name is the seed of all that is in it, so it is the same on every machine."""
 
@@ -211,12 +232,7 @@ class Mini:
 
     def domains(self, split: str = "all") -> list[str]:
         """The domains of "train", "test", "dev" or "all"."""
-        splits = list(self.sizes) if split == "all" else [split]
-        names = []
-        for prefix in splits:
-            for i in range(self.sizes[prefix]):
-                names.append(f"{prefix}{i:03d}")
-        return names
+        return numbered_names(self.sizes, split)
 
     def glossary(self, domain: str) -> dict[str, str]:
         """The hidden truth of a domain: 8 of 24 words, each meaning one column."""
@@ -224,6 +240,10 @@ class Mini:
         words = rng.sample(WORDS, 8)
         columns = rng.sample(COLUMNS, 8)
         return dict(zip(words, columns))
+
+    def perfect_instructions(self, domain: str) -> str:
+        """The whole glossary: what the solver makes of it is the most that edits can reach."""
+        return glossary_text(self.glossary(domain))
 
     def problems(self, domain: str) -> list[Problem]:
         """19 questions about each of 8 words: 2 in the holdout, 4 in the test split, 13 in the pool."""
@@ -301,24 +321,233 @@ def mini_database(domain: str) -> sqlite3.Connection:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The shop: hidden facts in plain words, for small models that have read
+# ---------------------------------------------------------------------------------------------------------------------
+# The miniature's twin in natural language, for real models from 135 million parameters on. A domain is a shop. Six
+# facts about it, of six kinds, are drawn from its name, and no model can know them. Customers ask in plain words:
+#
+#     instructions   The manager is Clara.            after an edit, say
+#                    The door is green.
+#     question       Which colour is the door?
+#     response       The door is green.
+#     summary        Which colour is the door? green
+#
+# As in the miniature the seed instructions are empty, the solver starts at zero, and every point is an edit's doing.
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One kind of fact: what it may be, how notes say it, and how customers ask for it."""
+
+    values: tuple[str, ...]  # single words
+    sentence: str  # with {} for the value
+    questions: tuple[str, ...]  # six ways to ask
+
+
+FACTS = {
+    "manager": Fact(
+        ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack"),
+        "The manager is {}.",
+        (
+            "Who is the manager?",
+            "What is the name of the manager?",
+            "Who manages the shop?",
+            "Who is the manager of the shop?",
+            "How is the manager called?",
+            "What is the manager's name?",
+        ),
+    ),
+    "city": Fact(
+        ("Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Delhi", "Rome", "Berlin", "Madrid", "Dublin"),
+        "The shop is in {}.",
+        (
+            "In which city is the shop?",
+            "Where is the shop?",
+            "What city is the shop in?",
+            "In what city is the shop?",
+            "Which city is the shop in?",
+            "Where can I find the shop?",
+        ),
+    ),
+    "door": Fact(
+        ("red", "blue", "green", "yellow", "purple", "orange", "pink", "brown", "black", "white"),
+        "The door is {}.",
+        (
+            "What colour is the door?",
+            "Which colour does the door have?",
+            "What is the colour of the door?",
+            "Which colour is the door?",
+            "What colour is the door of the shop?",
+            "What is the door's colour?",
+        ),
+    ),
+    "pet": Fact(
+        ("cat", "dog", "parrot", "rabbit", "turtle", "goat", "snake", "monkey", "horse", "frog"),
+        "The pet is a {}.",
+        (
+            "What is the pet?",
+            "Which animal is the pet?",
+            "Which pet does the shop have?",
+            "What pet does the shop have?",
+            "What animal is the pet of the shop?",
+            "What kind of animal is the pet?",
+        ),
+    ),
+    "day": Fact(
+        ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+        "The shop is closed on {}.",
+        (
+            "On which day is it closed?",
+            "When is the shop closed?",
+            "Which day is it closed?",
+            "On what day of the week is the shop closed?",
+            "On which day is the shop closed?",
+            "What day is the shop closed?",
+        ),
+    ),
+    "product": Fact(
+        ("shoes", "books", "lamps", "hats", "cakes", "coats", "toys", "clocks", "chairs", "knives"),
+        "The shop sells {}.",
+        (
+            "What does the shop sell?",
+            "What does it sell?",
+            "Which product does it sell?",
+            "What is sold in the shop?",
+            "What is sold there?",
+            "Which things does the shop sell?",
+        ),
+    ),
+}
+
+# The editor's one example is about a lake: other kinds of facts, which answer no question on a shop.
+LAKE_QUESTIONS = "- How long is the lake? nine miles\n- What is the name of the bridge? Long Bridge"
+LAKE_BEFORE = "The lake is forty metres deep."
+LAKE_AFTER = f"{LAKE_BEFORE}\nThe lake is nine miles long.\nThe bridge is named Long Bridge."
+
+
+class Shop:
+    """The task "shop". A domain's name is the seed of all that is in it, so it is the same on every machine."""
+
+    name = "shop"
+    seed_instructions = ""
+
+    def __init__(self, train: int = 12, test: int = 32, dev: int = 16) -> None:
+        """The numbers of domains. "dev" is for tuning: never trained on, never reported."""
+        self.sizes = {"train": train, "test": test, "dev": dev}
+
+    def domains(self, split: str = "all") -> list[str]:
+        """The domains of "train", "test", "dev" or "all"."""
+        return numbered_names(self.sizes, split)
+
+    def facts(self, domain: str) -> dict[str, str]:
+        """The hidden truth of a domain: the value of each kind of fact."""
+        rng = random.Random(f"shop/{domain}")
+        return {kind: rng.choice(fact.values) for kind, fact in FACTS.items()}
+
+    def problems(self, domain: str) -> list[Problem]:
+        """Six questions for each of six facts: one in the holdout, two in the test split, three in the pool."""
+        rng = random.Random(f"shop/{domain}/questions")
+        shuffled = {kind: rng.sample(fact.questions, 6) for kind, fact in FACTS.items()}
+        splits = ["holdout"] + ["test"] * 2 + ["pool"] * 3
+        problems = []
+        for i, split in enumerate(splits):
+            for kind, value in self.facts(domain).items():  # inside: any six in a row ask for all facts
+                identifier = f"{domain}/{kind}/{i}"
+                problems.append(Problem(identifier, shuffled[kind][i], value, domain, split))
+        return problems
+
+    def perfect_instructions(self, domain: str) -> str:
+        """All that there is to know of a domain: what the solver makes of it is the most that edits can reach."""
+        return "\n".join(FACTS[kind].sentence.format(value) for kind, value in self.facts(domain).items())
+
+    def solve_chat(self, instructions: str, problem: Problem) -> Chat:
+        """One user message: the instructions and, behind them, the question."""
+        content = f"""These are notes on a shop:
+
+{instructions}
+
+Question: {problem.question}
+Answer from the notes in one short sentence."""
+        return [{"role": "user", "content": content}]
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """Right if the first line holds the gold word and no other value of that fact: naming them all is no answer."""
+        said = first_line(response)
+        if not said:
+            return Grade(False, "", "There is no answer.", readable=False)
+        words = set(re.findall(r"\w+", said.casefold()))
+        kind = problem.id.split("/")[1]
+        named = [value for value in FACTS[kind].values if value.casefold() in words]
+        if named == [problem.gold]:
+            return Grade(True, said)
+        return Grade(False, said, said_and_right(said, problem.gold))
+
+    def edit_chat(self, instructions: str, summary: Summary) -> Chat:
+        """The example as a turn that has been, then the old instructions and the answers that are right."""
+        questions = "\n".join(f"- {a.question} {a.gold}" for a in summary)
+        return [
+            {"role": "user", "content": shop_request(LAKE_BEFORE, LAKE_QUESTIONS)},
+            {"role": "assistant", "content": LAKE_AFTER},
+            {"role": "user", "content": shop_request(instructions, questions)},
+        ]
+
+    def read_edit(self, text: str, cut: bool = False) -> str | None:
+        """New instructions as they are stored: each line once, those of the example left out. None if nothing is left.
+
+        An edit that was cut off is not used: half a sentence is worse than none, and it would be rewarded to ramble.
+        """
+        if cut:
+            return None
+        lines = dict.fromkeys(line.strip() for line in text.split("\n"))
+        kept = [line for line in lines if line and line not in LAKE_AFTER.split("\n")]
+        return "\n".join(kept) or None
+
+
+def shop_request(notes: str, questions: str) -> str:
+    """What the editor of shops is asked."""
+    return f"""Notes:
+{notes or "(none)"}
+
+Questions and right answers:
+{questions}
+
+Write the new notes: keep what is known and add what the answers tell."""
+
+
+def first_line(text: str) -> str:
+    """The first line of a text that is not empty, stripped; "" if there is none."""
+    return text.strip().partition("\n")[0].strip()
+
+
+def said_and_right(said: str, gold: str) -> str:
+    """The feedback on a wrong text: what was said, and what is right."""
+    return f"The answer was {shorten(said, 200)!r}; right is {shorten(gold, 200)!r}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A task by its name, and the editor's chat that all but the miniature share
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_task(name: str, path: str | Path | None = None) -> Task:
-    """The task of that name. `path` is the data: "bird" and "jsonl" need one, "mmlu" downloads its questions without.
+    """The task of that name, or of a class of your own: FILE.py:CLASS.
 
-    ValueError for an unknown name or a missing path; the tasks say what else may be wrong with their data.
+    `path` is the data: "bird" and "jsonl" need one, "mmlu" downloads its questions without. ValueError for an unknown
+    name or a missing path; the tasks say what else may be wrong with their data.
 
     >>> load_task("mini").domains("train")[:2]
     ['train000', 'train001']
     """
+    if ".py:" in name:
+        return own_task(name, path)
     if name == "mini":
         return Mini()
+    if name == "shop":
+        return Shop()
     if name == "mmlu":
         return Questions(name, path)
     if name not in ("bird", "jsonl"):
-        advice = "choose mini, bird, mmlu, jsonl, or pass an object of your own to evolve()"
+        advice = "choose mini, shop, bird, mmlu, jsonl, or FILE.py:CLASS, a class of your own"
         raise ValueError(f"No task {name!r}; {advice}.")
     if path is None:
         remedy = BIRD_REMEDY if name == "bird" else "a JSONL file"
@@ -326,6 +555,34 @@ def load_task(name: str, path: str | Path | None = None) -> Task:
     if name == "bird":
         return Bird(path)
     return Questions(name, path)
+
+
+# What a Task must have.
+MEMBERS = ("name", "seed_instructions", "domains", "problems", "solve_chat", "grade", "edit_chat")
+
+
+def own_task(name: str, path: str | Path | None) -> Task:
+    """An object of the class that FILE.py:CLASS names, made with the path as its argument if there is one.
+
+    FileNotFoundError without the file; ValueError names the class or the members of `Task` that are missing.
+    """
+    place, _, class_name = name.rpartition(":")
+    file = Path(place).resolve()
+    if not file.exists():
+        raise FileNotFoundError(f"--task {name}: there is no file {file}.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as an import would, for the dataclasses in it
+    spec.loader.exec_module(module)
+    own = getattr(module, class_name, None)
+    if not isinstance(own, type):
+        found = [word for word, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(f"--task {name}: no class {class_name!r}, there is {', '.join(found) or 'none'}.")
+    task = own() if path is None else own(path)
+    missing = [member for member in MEMBERS if not hasattr(task, member)]
+    if missing:
+        raise ValueError(f"--task {name}: {class_name} lacks {', '.join(missing)}; see Task in data.py.")
+    return task
 
 
 def edit_messages(
@@ -359,7 +616,10 @@ Then write the full new instructions: they
 replace the old ones and will be judged on other questions of the same domain. \
 Keep what works, add the rules and facts
 of this domain that these problems reveal, name likely mistakes, and do not merely repeat the questions above.
-Write them between <prompt> and </prompt>; only what stands between the tags counts."""
+Write them in tags, as in this example from another domain; only what stands in the tags counts:
+<prompt>
+Give every name in full and every date as day, month, year. Where a report says "net", it means after tax.
+</prompt>"""
     return [{"role": "user", "content": content}]
 
 
@@ -421,6 +681,13 @@ GRADERS = {  # what the answer tags must hold, as the prompt says it
     "number": "the number alone",  # a number within `tolerance` of the gold one
     "contains": "the answer",  # a text in which the gold one occurs, in any case
 }
+# The tags, filled: a small model copies what stands in a prompt's tags, so that must be an answer.
+FILLED = {
+    "choice": "<answer>{}</answer>",  # the letter behind the last option's: to copy it wins nothing
+    "exact": "<answer>Lake Geneva</answer>",
+    "number": "<answer>-7.25</answer>",
+    "contains": "<answer>Lake Geneva</answer>",
+}
 
 
 class Questions:
@@ -469,36 +736,69 @@ class Questions:
     def solve_chat(self, instructions: str, problem: Problem) -> Chat:
         """One user message: its role, the editable instructions, the question, what the tags must hold."""
         options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))
+        example = FILLED[problem.grader].format(LETTERS[len(problem.choices) % 26])
         content = f"""You answer questions on {problem.domain.replace('_', ' ')}.
 
 {instructions}
 
 Question: {problem.question}{options}
 
-Think briefly, then end with {GRADERS[problem.grader]} in tags: <answer>...</answer>. \
-Only the tags are read."""
+Think briefly, then end with {GRADERS[problem.grader]} in tags, as in {example}."""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
-        """By the problem's own grader, on what stands in the last answer tags."""
+        """By the problem's own grader, on what stands in the last answer tags; without tags see `untagged_answer`."""
         answer = extract_tag(response, "answer")
+        if answer is not None:
+            return grade_answer(problem, answer)
+        answer = untagged_answer(problem, response)
         if answer is None:
             return Grade(False, "", "There is no closed pair of <answer> tags.", readable=False)
-        if problem.grader == "choice":
-            return grade_choice(problem, answer)
-        if problem.grader == "number":
-            return grade_number(problem, answer)
-        said = " ".join(answer.split())
-        gold = " ".join(problem.gold.split())
-        correct = said == gold
-        if problem.grader == "contains":
-            correct = gold.casefold() in said.casefold()
-        return Grade(correct, answer, readable=said != "")
+        return replace(grade_answer(problem, answer), lenient=True)
 
     def edit_chat(self, instructions: str, summary: Summary) -> Chat:
         """See `edit_messages`."""
         role = "a model that answers questions, by a letter if it has options"
         return edit_messages(role, instructions, summary)
+
+
+def grade_answer(problem: Problem, answer: str) -> Grade:
+    """The verdict on an answer, by the problem's grader."""
+    if problem.grader == "choice":
+        return grade_choice(problem, answer)
+    if problem.grader == "number":
+        return grade_number(problem, answer)
+    said = " ".join(answer.split())
+    gold = " ".join(problem.gold.split())
+    correct = said == gold
+    if problem.grader == "contains":
+        correct = gold.casefold() in said.casefold()
+    feedback = "" if correct else said_and_right(said, gold)
+    return Grade(correct, answer, feedback, readable=said != "")
+
+
+def untagged_answer(problem: Problem, response: str) -> str | None:
+    """What a response without closed tags says: its first line, of a choice the letter that this begins with.
+
+    None where that is no answer: a line that begins with "<" is an open tag or a reasoning model's thinking, and lines
+    that begin with several letters are the list of the options.
+
+    >>> choice = Problem("1", "Which?", "B", choices=("x", "y"))
+    >>> [untagged_answer(choice, text) for text in ("B. Functional", "(b) y", "B", "A cat", "E. z", "A. x\\nB. y")]
+    ['B', 'B', 'B', None, None, None]
+    """
+    line = first_line(response)
+    if not line or line.startswith("<"):
+        return None
+    if problem.grader != "choice":
+        return line
+    if read_letter(line, len(problem.choices)):
+        return read_letter(line, len(problem.choices))
+    letters = re.findall(r"^\s*[(\[*]*([A-Za-z])[.):\]*]", response, re.MULTILINE)
+    said = {gold_letter(letter, len(problem.choices)) for letter in letters}
+    if len(said) != 1 or not re.match(r"[(\[*]*[A-Za-z][.):\]*]", line):
+        return None
+    return said.pop()
 
 
 def grade_choice(problem: Problem, answer: str) -> Grade:
@@ -521,7 +821,9 @@ def grade_number(problem: Problem, answer: str) -> Grade:
         return Grade(False, answer, "The tags must hold one number, no other digit.", readable=False)
     gold = read_number(problem.gold)
     slack = problem.tolerance + 1e-9 * abs(gold)  # the last digits of floats: 0.1 + 0.2 is not quite 0.3
-    return Grade(abs(value - gold) <= slack, answer)
+    if abs(value - gold) <= slack:
+        return Grade(True, answer)
+    return Grade(False, answer, said_and_right(answer, problem.gold))
 
 
 def read_letter(text: str, n: int) -> str | None:
@@ -812,7 +1114,9 @@ class Bird:
 {problem.evidence}
 {problem.question}
 
-Think first if it helps. Then write the query, and nothing but the query, between <answer> and </answer>."""
+Think first if it helps. Then write the query, and nothing but the query, in tags, as in this example \
+for another database:
+<answer>SELECT COUNT(*) FROM ships WHERE harbour = 'Oslo'</answer>"""
         return [{"role": "user", "content": content}]
 
     def grade(self, problem: Problem, response: str) -> Grade:
@@ -821,11 +1125,17 @@ Think first if it helps. Then write the query, and nothing but the query, betwee
 
     def grade_many(self, pairs: Sequence[tuple[Problem, str]], progress: str = "") -> list[Grade]:
         """`grade` of every (problem, response), side by side; identical queries to a problem run once."""
-        jobs = []
+        jobs, lenient = [], []
         for problem, response in pairs:
-            predicted = extract_sql(response) or ""
-            jobs.append((str(self.files[problem.domain]), predicted, problem.gold))
-        return match_many(jobs, self.timeout, progress)
+            predicted = extract_sql(response)
+            lenient.append(predicted is None)
+            if predicted is None:
+                predicted = untagged_sql(response)
+            jobs.append((str(self.files[problem.domain]), predicted or "", problem.gold))
+        grades = []
+        for grade, loosely in zip(match_many(jobs, self.timeout, progress), lenient):
+            grades.append(replace(grade, lenient=loosely and grade.readable))
+        return grades
 
     def edit_chat(self, instructions: str, summary: Summary) -> Chat:
         """See `edit_messages`."""
@@ -856,7 +1166,28 @@ def extract_sql(response: str) -> str | None:
         sql = blocks[-1]
     if sql is None:
         return None
-    return sql.removeprefix("```").removesuffix("```").strip()
+    return without_sql_line(sql.removeprefix("```").removesuffix("```").strip())
+
+
+def untagged_sql(response: str) -> str | None:
+    """The query of a response that `extract_sql` finds none in: its last bare fence, or all of it below a line "sql".
+
+    >>> untagged_sql("So:\\n```\\nSELECT 1\\n```"), untagged_sql("sql\\nSELECT 2"), untagged_sql("SELECT 3")
+    ('SELECT 1', 'SELECT 2', None)
+    """
+    blocks = re.findall(r"```\s*\n(.*?)```", response, re.DOTALL)
+    if blocks:
+        return without_sql_line(blocks[-1].strip())
+    sql = without_sql_line(response.strip())
+    return sql if sql != response.strip() else None
+
+
+def without_sql_line(sql: str) -> str:
+    """The query without a first line that only names the language."""
+    head, _, rest = sql.partition("\n")
+    if head.strip().lower() in ("sql", "sqlite"):
+        return rest.strip()
+    return sql
 
 
 def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: float = 30.0) -> Grade:
@@ -938,7 +1269,7 @@ def sample_values(connection: sqlite3.Connection, table: str) -> list[str]:
 #     a crash of SQLite                         only the worker dies, and the next query gets a new one
 # The way of a query: execution_match -> ask_worker -> (pipe) -> sql_worker -> run_gold or run_predicted -> (pipe) back.
 
-NO_QUERY = "no query found, it belongs between <answer> and </answer>"
+NO_QUERY = "no query found, it belongs in <answer> tags"
 Reply = tuple[bool, str, bytes]  # of a worker: does it run and is it right; why not; the rows of a gold query
 IDLE: list[subprocess.Popen] = []  # the workers that wait for a query
 

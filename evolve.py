@@ -42,6 +42,8 @@ from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher
 from functools import partial
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -104,22 +106,27 @@ def evolve_all(
     method: str = "lse",
     on_round: Callable = lambda trees: None,
     progress: str = "",
+    stop: bool = True,
 ) -> dict[str, EvolutionTree]:
     """Grow the trees of all domains {domain: tree} to `s.rounds` rounds each (Algorithm 1), and return them.
 
-    All trees grow in step, so that each model call is one large batch. A round adds one node to each tree: so an
-    interrupted run goes on where its trees stand. A baseline brings its own search rule. `on_round(trees)` is called
-    after each round; `progress` names the progress bar, "" shows none. ValueError: method or search does not exist.
+    All trees grow in step, so that each model call is one large batch. A round adds one node to each tree, or --edits
+    of them: so an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is solved stops,
+    unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress bar, "" shows
+    none. ValueError: method or search does not exist.
     """
     rule = search_rule(task, method, search)
     propose, accept = METHODS[method].propose, METHODS[method].accept
     splits = {domain: split_problems(task.problems(domain), s) for domain in trees}
-    done = min((len(tree.nodes) - 1 for tree in trees.values()), default=0)
-    for number in progress_bar(done, s.rounds, progress):
+    done = rounds_done(trees)
+    for number in round_numbers(done, s.rounds, progress):
         seed_draws(s.seed, number)
+        growing = {d: tree for d, tree in trees.items() if not (stop and solved(tree))}
+        if not growing:
+            break
         # 1. Select a node n* of each tree, and draw k fresh problems for it.
         rounds = []
-        for domain, tree in trees.items():
+        for domain, tree in growing.items():
             parent = tree.select(rule, seed=s.seed)
             batch = draw_batch(splits[domain]["pool"], s, domain, number)
             rounds.append(Round(domain, tree, splits[domain]["holdout"], parent, batch))
@@ -127,20 +134,32 @@ def evolve_all(
         jobs = [(r.parent.instructions, r.batch) for r in rounds]
         for r, answers in zip(rounds, solve_all(task, solver, jobs, **solver_sampling(s))):
             r.summary = answers
-        # 3. The editor reads instructions and summary, and writes new instructions.
+        # 3. The editor reads instructions and summary, and writes new instructions, --edits times.
+        rounds = [replace(r) for r in rounds for _ in range(s.edits)]
         propose(task, editor, rounds, s)
         # 4. Score them on the holdout, if they deserve it.
         accept(task, solver, rounds, s)
-        # 5. Attach them to the tree. A rejected edit costs its round, and is recorded with the reason and no score.
+        # 5. Attach them to the tree, with R̄(c_1) (eq. 4). A rejected edit costs its round, and is recorded with the
+        # reason and no score.
         for r in rounds:
             text = r.edit.instructions or r.edit.text
             score = fmean(r.scores) if r.edit.valid else None
             r.tree.add(r.parent, text, score, r.scores, r.summary, r.edit.note)
         on_round(trees)
-    return trees
+    return trees  # the paper's argmax R̄ is tree.best()
 
 
-def progress_bar(done: int, rounds: int, name: str) -> tqdm:
+def solved(tree: EvolutionTree) -> bool:
+    """Whether a node answers its whole holdout right, at every sample: then no edit can be better."""
+    return tree.best().score == 1
+
+
+def rounds_done(trees: dict[str, EvolutionTree]) -> int:
+    """The rounds behind trees that grow in step. One that was solved early has fewer."""
+    return max((tree.rounds for tree in trees.values()), default=0)
+
+
+def round_numbers(done: int, rounds: int, name: str) -> tqdm:
     """The numbers of the rounds that are left, shown as they pass; without a name they pass silently."""
     left = range(done, rounds)
     return tqdm(
@@ -180,7 +199,7 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
         return {"pool": pool, "holdout": holdout[: s.holdout], "test": test[: s.test]}
 
     distinct = distinct_problems(problems)
-    # Batches are drawn with replacement, so a pool of one would do; but k different ones are what an editor should see.
+    # Batches are drawn with replacement, so a pool of one would do; with k it can show the editor different ones.
     if len(distinct) < s.k + s.holdout + s.test:
         raise ValueError(
             f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = "
@@ -256,10 +275,13 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
                 feedback=grade.feedback,
                 truncated=sample.truncated,
                 readable=grade.readable,
+                lenient=grade.lenient,
             )
         )
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
+        if grade.lenient:
+            solver.usage.lenient += 1
     return answers
 
 
@@ -313,19 +335,27 @@ def context_length(model) -> int:
 
 
 def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
-    """The edit that stands in a response between `<tag>` and `</tag>`. A task may bring its own `read_edit(text)`.
+    """The edit that stands in a response between `<tag>` and `</tag>`. A task may bring its own reader.
 
-    An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none.
+    An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none. A reader that
+    needs no tags takes `cut`, and so is told.
     """
     if sample.error:
         return Edit(sample.text, None, f"no response: {sample.error}", sample)
     own_reader = getattr(task, "read_edit", None)
-    instructions = own_reader(sample.text) if own_reader else extract_tag(sample.text, tag)
+    place, end = f"in <{tag}> tags", f"before </{tag}>"
+    if own_reader is None:
+        instructions = extract_tag(sample.text, tag)
+    elif "cut" in signature(own_reader).parameters:
+        instructions = own_reader(sample.text, cut=sample.truncated)
+        place, end = "in the edit", "at the token limit"
+    else:
+        instructions = own_reader(sample.text)
     note = ""
     if instructions is None and sample.truncated:
-        note = f"cut off before </{tag}>"
+        note = f"cut off {end}"
     elif instructions is None:
-        note = f"nothing usable in <{tag}> tags"
+        note = f"nothing usable {place}"
     elif len(instructions) < 10 and not own_reader:  # the official code's rule
         note = f"{len(instructions)} characters in <{tag}> tags, fewer than 10"
         instructions = None
@@ -386,8 +416,9 @@ A model failed on problems under the instructions below. Say, in a few sentences
 led to these failures and what should change. Do not write new instructions yet.
 \n# Instructions\n{}\n\n# Failures\n{}"""
 REWRITE = """\
-Improve the instructions below with the help of the feedback. Write the full new instructions between
-<IMPROVED_VARIABLE> and </IMPROVED_VARIABLE>.\n\n# Instructions\n{}\n\n# Feedback\n{}"""
+Improve the instructions below with the help of the feedback. Write the full new instructions in tags, as in
+<IMPROVED_VARIABLE>Give every date as day, month, year.</IMPROVED_VARIABLE>.
+\n# Instructions\n{}\n\n# Feedback\n{}"""
 
 
 def propose_textgrad(task, editor, rounds: list[Round], s: Settings) -> None:
@@ -430,7 +461,8 @@ def accept_textgrad(task, solver, rounds: list[Round], s: Settings) -> None:
             r.edit.note = f"reverted: the holdout score fell {fall}"
 
 
-LESSON = "Do not rewrite them: write only the one lesson most worth adding, between <lesson> and </lesson>."
+LESSON = """Do not rewrite them: write only the one lesson most worth adding, in tags, as in
+<lesson>Give every date as day, month, year.</lesson>"""
 LESSONS = 10  # how many Reflexion remembers
 
 
@@ -495,6 +527,24 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # From the seed instructions to the last test
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, float] | None:
+    """Mean holdout scores of the seed instructions and of perfect ones: what edits can reach lies between them.
+
+    None where the task knows no perfect instructions.
+    """
+    perfect = getattr(task, "perfect_instructions", None)
+    if perfect is None:
+        return None
+    seed_draws(s.seed, 0, 2)
+    jobs = []
+    for domain in domains:
+        holdout = split_problems(task.problems(domain), s)["holdout"]
+        jobs.append((task.seed_instructions, holdout))
+        jobs.append((perfect(domain), holdout))
+    scores = [fmean(shares) for shares in score_all(task, solver, jobs, s)]
+    return fmean(scores[0::2]), fmean(scores[1::2])
 
 
 def seed_trees(task, domains: list[str], solver, s: Settings) -> dict[str, EvolutionTree]:
@@ -606,14 +656,16 @@ class Contestant:
     holdout: list[list[float]] = field(default_factory=list)  # of the best node
     test: list[list[float]] = field(default_factory=list)  # of the best node
     seed_test: list[list[float]] = field(default_factory=list)  # of the seed instructions
+    answers: int = 0  # of the solver, while the trees grew
 
 
 def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
     """{untrained, trained editor} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
-    The untrained editor is the solver itself. All rows see the same splits and batches. Table and report are saved
-    after each row, trees after each round, so that --resume repeats no edit (it counts the answers since then). The
-    report shows the first domain under the last seed.
+    The untrained editor is the solver itself. All rows see the same splits and batches, and all trees take all rounds,
+    also after they are solved: so the counts of answers compare like with like. (A solved tree's best node stays the
+    best, however long it grows.) Table and report are saved after each row, trees after each round, so that --resume
+    repeats no edit (it counts the answers since then). The report shows the first domain under the last seed.
     """
     contestants = []
     for label, model in (("untrained", twin(solver)), ("trained", editor)):
@@ -628,13 +680,11 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     title = f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}"
     for row in contestants:
         name = f"{row.label} | {row.method} ({search_rule(task, row.method, row.search)})"
-        answers = solver.usage.answers
         for seed in range(s.seed, s.seed + s.seeds):
             own = replace(s, seed=seed)
             trees = grow_and_test(task, domains, solver, row, own, out / "trees", name)
-        answers = (solver.usage.answers - answers) // s.seeds
         cells = [mean_cell(row.holdout), mean_cell(row.test), mean_cell(row.seed_test)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {answers:,} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {row.answers // s.seeds:,} |")
         print(lines[-1], flush=True)
         save_text(out / "compare.md", "\n".join(lines) + "\n")
         shown[name] = trees[domains[0]]
@@ -647,13 +697,15 @@ def grow_and_test(
 ) -> dict[str, EvolutionTree]:
     """The trees of one contestant under one seed; its scores are added to the row."""
     own_folder = folder / f"{row.label}-{row.method}-{row.search}-{s.seed}"
-    trees = restore_trees(own_folder, domains)
+    before = solver.usage.answers
+    trees = restore_trees(own_folder, domains, stop=False)
     if not trees:
         trees = seed_trees(task, domains, solver, s)
         seed_outcome(solver, trees, s)  # stops where none of the answers can be used
     save = partial(save_trees, own_folder)
     bar = f"{name}, seed {s.seed}"
-    evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar)
+    evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar, stop=False)
+    row.answers += solver.usage.answers - before  # the search's; the test asks all rows alike
     row.holdout.append([tree.best().score for tree in trees.values()])
     if s.test:
         tested = final_test(task, trees, solver, s).values()
@@ -685,8 +737,8 @@ def option(default, text: str):
 class Settings:
     """What training and test time share. A field left at None takes the task's preset below."""
 
-    task: str = option("mini", "mini, bird, mmlu or jsonl")
-    data: str = option("", "folder or file with the task's data (not for mini)")
+    task: str = option("mini", "mini, shop, bird, mmlu, jsonl, or FILE.py:CLASS of your own")
+    data: str = option("", "folder or file with the task's data (not for mini and shop)")
     # What is drawn, and how often. Problems of a domain: k + holdout + test of them at least.
     seed: int = option(0, "seed of the splits, the problem batches and all sampling")
     rounds: int | None = option(None, "T, rounds of evolution per tree")
@@ -695,6 +747,7 @@ class Settings:
     test: int | None = option(None, "problems kept for one honest look at the end; 0: none")
     samples: int | None = option(None, "answers per holdout problem; a score is the mean over both")
     c: float | None = option(None, "C of the UCB rule: 0 is best-first, large is exploration")
+    edits: int = option(1, "P, edits of the chosen node per round: all are scored and attached")
     # How the two models sample. Training samples its edits at temperature 1 with nothing cut off.
     solver_tokens: int | None = option(None, "new tokens per answer")
     editor_tokens: int | None = option(None, "new tokens per edit")
@@ -707,6 +760,9 @@ class Settings:
     )
     max_batch_tokens: int = option(
         0, "rows x (prompt + new tokens) in one batch of local generation; 0: as many as fit in memory"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of local weights; auto: bfloat16 on a GPU, float32 on the CPU and for tiny models"
     )
     # How a script runs, and where.
     search: Literal["ucb", "chain", "best", "pareto"] = option(
@@ -755,9 +811,10 @@ class Config(Settings):
 
 @dataclass
 class Preset:
-    """What a setting left at None becomes, in three kinds of runs."""
+    """What a setting left at None becomes, in four kinds of runs."""
 
     mini: float
+    shop: float  # for real models from 135 million parameters on: two CPU cores need half an hour
     paper: float
     # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
     rehearsal: float
@@ -766,41 +823,43 @@ class Preset:
 # The miniature's solver is so sure of itself that one greedy answer loses nothing; its values are tuned on dev domains.
 # The paper keeps no test split. 30 is what a subject of MMLU-Redux (95 problems) has left for one.
 PRESETS = {
-    "rounds": Preset(mini=10, paper=25, rehearsal=2),
-    "k": Preset(mini=4, paper=10, rehearsal=2),
-    "holdout": Preset(mini=8, paper=50, rehearsal=4),
-    "test": Preset(mini=32, paper=30, rehearsal=4),
-    "samples": Preset(mini=1, paper=8, rehearsal=1),
-    "c": Preset(mini=0.3, paper=2.0, rehearsal=2.0),
-    "solver_tokens": Preset(mini=16, paper=2048, rehearsal=32),
-    "editor_tokens": Preset(mini=40, paper=4096, rehearsal=64),
-    "solver_temperature": Preset(mini=0.0, paper=0.7, rehearsal=0.7),
-    "editor_temperature": Preset(mini=0.7, paper=0.7, rehearsal=0.7),
-    "top_p": Preset(mini=0.8, paper=0.8, rehearsal=0.8),
-    "top_k": Preset(mini=20, paper=20, rehearsal=20),
+    "rounds": Preset(mini=10, shop=5, paper=25, rehearsal=2),
+    "k": Preset(mini=4, shop=4, paper=10, rehearsal=2),
+    "holdout": Preset(mini=8, shop=6, paper=50, rehearsal=4),
+    "test": Preset(mini=32, shop=12, paper=30, rehearsal=4),
+    "samples": Preset(mini=1, shop=1, paper=8, rehearsal=1),
+    "c": Preset(mini=0.3, shop=0.3, paper=2.0, rehearsal=2.0),
+    "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32),
+    "editor_tokens": Preset(mini=40, shop=64, paper=4096, rehearsal=64),
+    "solver_temperature": Preset(mini=0.0, shop=0.0, paper=0.7, rehearsal=0.7),
+    "editor_temperature": Preset(mini=0.7, shop=0.7, paper=0.7, rehearsal=0.7),
+    "top_p": Preset(mini=0.8, shop=1.0, paper=0.8, rehearsal=0.8),
+    "top_k": Preset(mini=20, shop=20, paper=20, rehearsal=20),
     # and in train.py
     # 16 states and 100 steps: on one GPU a night's work, see the README (the paper: 32 and about 500)
-    "steps": Preset(mini=120, paper=100, rehearsal=2),
-    "states": Preset(mini=24, paper=16, rehearsal=2),
-    "group": Preset(mini=4, paper=4, rehearsal=2),
-    "lr": Preset(mini=4e-4, paper=1e-5, rehearsal=1e-5),
-    "grow_every": Preset(mini=20, paper=0, rehearsal=0),
-    "grow_rounds": Preset(mini=10, paper=10, rehearsal=2),
+    "steps": Preset(mini=120, shop=40, paper=100, rehearsal=2),
+    "states": Preset(mini=24, shop=6, paper=16, rehearsal=2),
+    "group": Preset(mini=4, shop=4, paper=4, rehearsal=2),
+    "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
+    "grow_every": Preset(mini=20, shop=10, paper=0, rehearsal=0),
+    "grow_rounds": Preset(mini=10, shop=5, paper=10, rehearsal=2),
 }
 # All other numbers may be 0.
-AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds")
+AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds", "edits")
+AT_MOST_ZERO = ("invalid_reward",)
 
 
 def with_presets(settings: Settings, remote: bool = False) -> Any:
-    """The same settings with every None filled in: the miniature's values, the paper's, or without a GPU a rehearsal's.
+    """The same settings with every None filled in: the values of the miniature or the shop, the paper's, or without a
+    GPU a rehearsal's.
 
     `remote`: the models run elsewhere, so this machine needs no GPU. ValueError names what no run could work with.
     """
     paper_protocol = getattr(settings, "paper_protocol", False)
     if paper_protocol:
         kind = "paper"
-    elif settings.task == "mini":
-        kind = "mini"
+    elif settings.task in ("mini", "shop"):
+        kind = settings.task
     elif not is_rehearsal(settings, remote):
         kind = "paper"
     else:
@@ -819,16 +878,25 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
     s = replace(settings, **filled)
 
     for name, value in asdict(s).items():
-        least = 1 if name in AT_LEAST_ONE else 0
-        too_small = isinstance(value, (int, float)) and value < least
-        if too_small or (name == "top_p" and not 0 < value <= 1):
+        if not is_possible(name, value):
             raise ValueError(f"--{name.replace('_', '-')} cannot be {value}.")
     return s
 
 
+def is_possible(name: str, value: object) -> bool:
+    """Whether any run could work with this value of a setting."""
+    if not isinstance(value, (int, float)):
+        return True
+    if name in AT_MOST_ZERO:
+        return value <= 0
+    if name == "top_p":
+        return 0 < value <= 1
+    return value >= (1 if name in AT_LEAST_ONE else 0)
+
+
 def is_rehearsal(s: Settings, remote: bool = False) -> bool:
     """Whether this is a real task without a GPU: a run whose outcome says nothing, unless the models run elsewhere."""
-    return s.task != "mini" and not remote and not torch.cuda.is_available()
+    return s.task not in ("mini", "shop") and not remote and not torch.cuda.is_available()
 
 
 def solver_sampling(s: Settings) -> dict:
@@ -860,22 +928,27 @@ MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and e
 TINY = 10_000_000
 
 
-def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
-    """A checkpoint folder or hub name: a tiny model in float32 on the CPU, another in bf16 on a GPU if there is one.
+def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto") -> LocalModel:
+    """A checkpoint folder, a hub name or a GGUF file, on the GPU if there is one; a tiny model stays on the CPU.
 
-    Of several processes each takes a GPU of its own. SystemExit says what cannot be loaded, and why.
+    `dtype` "auto" stands for bf16 on a GPU and float32 on the CPU. Of several processes each takes a GPU of its own.
+    SystemExit says what cannot be loaded, and why.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        place, file = checkpoint_place(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(place, **file)
         # half a download: transformers makes an empty one without a word
         if not tokenizer("a")["input_ids"]:
             raise ValueError("its tokenizer files are missing")
         gpu = torch.cuda.is_available()
-        dtype = torch.bfloat16 if gpu else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        wanted = dtype
+        if dtype == "auto":
+            wanted = "bfloat16" if gpu else "float32"
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, wanted), **file)
+        forget_quantization(model)
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
-            if gpu:  # once more: rounding to bf16 cannot be undone
+            if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         elif gpu:
             # here, since it joins the other processes as soon as it is made
@@ -891,6 +964,36 @@ def load_model(name: str | Path, max_batch_tokens: int = 0) -> LocalModel:
         ) from None
 
 
+def checkpoint_place(name: str) -> tuple[str, dict[str, str]]:
+    """Where a checkpoint is, as arguments of `from_pretrained`: for FOLDER/FILE.gguf the folder, and the file's name.
+
+    A folder that holds one GGUF and no config.json stands for that file. ValueError without the package that reads it.
+
+    >>> checkpoint_place("Qwen/Qwen3-0.6B")
+    ('Qwen/Qwen3-0.6B', {})
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            path = files[0]
+    if path.suffix != ".gguf":
+        return name, {}
+    if find_spec("gguf") is None:
+        raise ValueError("to read a GGUF file, `pip install gguf`")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def forget_quantization(model) -> None:
+    """Weights from a GGUF file are ordinary ones by now, but transformers would refuse to save them as quantized."""
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+
+
 def twin(model):
     """The same model for another role: it shares the weights and counts for itself."""
     other = copy(model)
@@ -901,7 +1004,7 @@ def twin(model):
 def load_models(s: Config) -> tuple[Model, Model]:
     """Solver and editor. One checkpoint in both roles is loaded once. ValueError if a task needs one to be named."""
     solver_name, editor_name = s.solver, s.editor
-    trained = Path("runs", s.task, "editor")
+    trained = Path(run_folder(s.task), "editor")
     if not editor_name and trained.exists():
         editor_name = str(trained)
     if s.task == "mini":
@@ -921,7 +1024,7 @@ def load_models(s: Config) -> tuple[Model, Model]:
 def open_model(name: str, served: str, s: Config) -> Model:
     """A local model, or one on a server under the name `served`. ConnectionError if nobody answers there."""
     if "://" not in name:
-        return load_model(name, s.max_batch_tokens)
+        return load_model(name, s.max_batch_tokens, s.dtype)
     try:  # is anybody there?
         first = RemoteModel(name, timeout=20, retries=1).model
     # a server that lists no models will do, if it need not choose one
@@ -1048,8 +1151,9 @@ def count_calls(trees: int, s: Config) -> tuple[int, int]:
     batch = 2 * s.k if s.compare or s.method == "gepa" else s.k
     calls_per_edit = 2 if s.compare or s.method == "textgrad" else 1
     score = s.holdout * s.samples
-    answers = trees * (score + s.rounds * (batch + score) + 2 * s.test * s.samples)
-    return answers, trees * s.rounds * calls_per_edit
+    per_round = s.k + s.edits * (batch - s.k + score)
+    answers = trees * (score + s.rounds * per_round + 2 * s.test * s.samples)
+    return answers, trees * s.rounds * s.edits * calls_per_edit
 
 
 def pace_text(solver, seconds: float, answers_left: int) -> str:
@@ -1248,6 +1352,15 @@ def open_run(s: Settings, out: Path, free: list[str], look: bool = False) -> Non
     save_text(file, json.dumps(settings, indent=1))
 
 
+def run_folder(task: str) -> str:
+    """Where a task's run is by default; FILE.py:CLASS goes by the class.
+
+    >>> run_folder("mini"), run_folder("../my.py:Quiz")
+    ('runs/mini', 'runs/Quiz')
+    """
+    return f"runs/{task.rpartition(':')[2]}"
+
+
 def tree_name(domain: str) -> str:
     """A file name for a domain of any name, another one for another domain.
 
@@ -1263,10 +1376,13 @@ def save_trees(folder: Path, trees: dict[str, EvolutionTree]) -> None:
         tree.save(folder / f"{tree_name(domain)}.json")
 
 
-def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
+def restore_trees(
+    folder: Path, domains: list[str], stop: bool = True
+) -> dict[str, EvolutionTree]:
     """The saved trees of a killed run, {} unless all are there.
 
-    One that was killed while saving has left some trees a round ahead of the others: they are cut back.
+    One that was killed while saving has left some trees a round ahead of the others: they are cut back. Where solved
+    trees `stop`, one that was solved in an earlier round is behind the others for good.
     """
     trees = {}
     try:
@@ -1278,12 +1394,15 @@ def restore_trees(folder: Path, domains: list[str]) -> dict[str, EvolutionTree]:
         raise ValueError(
             f"{folder} holds a file that is no tree ({error}): start over with --overwrite."
         ) from None
-    size = min(len(tree.nodes) for tree in trees.values())  # a round is a node more than the seed's
+    growing = [tree.rounds for tree in trees.values() if not (stop and solved(tree))]
+    rounds = min(growing, default=rounds_done(trees))
     for tree in trees.values():
-        for node in tree.nodes[size:]:
+        edits = (len(tree.nodes) - 1) // max(1, tree.rounds)  # of a round: the seed's node is of none
+        size = 1 + rounds * edits
+        for node in tree.nodes[size::edits or 1]:  # one of each round
             tree.nodes[node.parent].visits -= 1
         tree.nodes = tree.nodes[:size]
-        tree.rounds = size - 1
+        tree.rounds = min(tree.rounds, rounds)
     return trees
 
 
@@ -1296,7 +1415,7 @@ def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
     s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
     task = load_task(s.task, s.data or None)
-    out = Path(s.out or f"runs/{s.task}-evolve")
+    out = Path(s.out or f"{run_folder(s.task)}-evolve")
     domains = pick_domains(task, s.domains)
     splits = {domain: split_problems(task.problems(domain), s) for domain in domains}
     rule = search_rule(task, s.method, s.search)
@@ -1305,7 +1424,7 @@ def main(s: Config) -> None:
     trees = {}
     if s.resume and not s.compare:
         trees = restore_trees(out / "trees", domains)
-    done = max((tree.rounds for tree in trees.values()), default=0)
+    done = rounds_done(trees)
     if done > s.rounds:
         raise ValueError(f"{out} is {done} rounds old: give --rounds as many or more.")
     open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
@@ -1359,6 +1478,8 @@ def finish(
     for domain in printed:
         print(f"\n{printable(domain)} (* leads to the best node)\n{tree_text(trees[domain])}")
         print(f"Best instructions:\n{printable(trees[domain].best().instructions) or '(empty)'}\n")
+    for line in outcome_lines(trees, s):
+        print(line)
     over = "domains" if len(trees) > 1 else "problems"
     print(gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over))
     if s.test:
@@ -1400,6 +1521,24 @@ def account_text(results: dict, s: Settings) -> str:
     return "\n".join(lines)
 
 
+def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
+    """What a user should know of the ends of the trees: which kept the seed instructions, and which stopped early."""
+    kept = [printable(domain) for domain, tree in trees.items() if tree.best().id == 0]
+    stopped = [printable(d) for d, tree in trees.items() if solved(tree) and tree.rounds < s.rounds]
+    lines = []
+    if kept:
+        lines.append(
+            f"Nothing beat the seed instructions in {len(kept)} of {len(trees)} domains, and there "
+            f"you get the seed instructions: {shorten(', '.join(kept), 500)}."
+        )
+    if stopped:
+        lines.append(
+            f"{len(stopped)} of {len(trees)} trees stopped before round {s.rounds}: a node answers its "
+            "whole holdout right at every sample, and nothing can beat it."
+        )
+    return lines
+
+
 def cost(usage: Usage) -> dict[str, int]:
     """What one model was asked for, in the words of results.json."""
     return {
@@ -1407,6 +1546,7 @@ def cost(usage: Usage) -> dict[str, int]:
         "failed": usage.failed,
         "cut": usage.cut,
         "unreadable": usage.unreadable,
+        "read leniently": usage.lenient,
         "tokens read": usage.tokens_read,
         "tokens written": usage.tokens_written,
     }
@@ -1639,6 +1779,10 @@ def write_report(path: Path, runs: dict[str, EvolutionTree], title: str = "Evolu
         headline += f"{rejected} of {len(tree.nodes) - 1} edits rejected"
         legend += f'<br/><b class="c{k % 5}">━●━</b> <a href="#t{k}">{headline}</a>'
         body += f'<h2 id="t{k}">{headline}</h2><figure>{tree_svg(tree, f"t{k}")}</figure>'
+        if best.id == 0:
+            body += "<p>Nothing beat the seed instructions: they are the best.</p>"
+        if solved(tree):
+            body += "<p>The best node answers its whole holdout right, at every sample.</p>"
         body += f"<h3>Best instructions (#{best.id})</h3><pre>{esc(best.instructions)}</pre>"
         body += "<h3>All nodes</h3>"
         for node in tree.nodes:

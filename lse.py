@@ -11,9 +11,12 @@ Symbols of the paper, and the words used here
     G     edits sampled for one start state (a "group")          r     reward of an edit, R̄(c_1) − R̄(c_0)   (eq. 7)
     N     start states in a batch                                A     advantage of an edit: its weight in the gradient
     T     in shapes: tokens of a response                        C     weight of exploration in the tree's UCB rule
+(In Algorithm 1 the paper uses two of them again: N for the selections so far, T for the rounds.)
 
-Read it in order: what an edit is worth, the loss, the tree, the two models. Below the banner *From here on only
-efficiency* stands nothing new: the same log-probs and samples, computed without repeating what rows have in common.
+Read it in order: what an edit is worth, the loss, the tree, log-probs and samples the plain way, the model on this
+machine. Below the banner *From here on only efficiency* come the same samples and the same log-probs, computed without
+repeating what rows have in common; the optimizer for 16-bit weights; the check of all this on a run's own model; and
+the model behind a server.
 
 Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has
 its baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
@@ -66,7 +69,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# flat, as in the official code: an edit that cannot be used, not −1 − R̄(c_0)
+# the same for all edits that cannot be used, as in the official code: not −1 − R̄(c_0)
 INVALID_REWARD = -1.0
 
 
@@ -132,9 +135,11 @@ def policy_loss(
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
     `logprobs` holds one tensor (T,) per response. `n_tokens` counts the response tokens of the WHOLE batch, so the
-    losses of its micro-batches add up. Every token weighs the same: no 1/|o| per response, which would favour long
-    failures. Without `old_logprobs` the batch is on-policy: the ratio is 1, the clip never acts, and the gradient is
-    −A ∇log p. That is all of reinforcement learning here: likelier where A > 0, less likely where A < 0.
+    losses of its micro-batches add up. Every token weighs the same: dividing by a response's own length would favour
+    long failures. The loss is that of PPO, −min(ratio A, clipped ratio A), where ratio = p / p_old for a token. With
+    one update per batch there is no older policy (`old_logprobs` None): the ratio's value is 1, the clip never acts,
+    and its gradient is that of log p, so the loss has the gradient −A ∇log p. That is all of reinforcement learning
+    here: likelier where A > 0, less likely where A < 0.
 
     >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
     >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
@@ -168,14 +173,18 @@ class Node:
     parent: int | None  # id of the node it was edited from; None for the root
     instructions: str
     score: float | None  # R̄, mean over the holdout
-    scores: list[float] | None = None  # the score of each holdout problem, for "pareto"
+    scores: list[float] | None = None  # of each holdout problem: for "pareto", and the errors of gains
     visits: int = 0  # v: how often it was selected
     summary: list[Any] = field(default_factory=list)  # S: the graded problems that the editor saw
     note: str = ""  # why an edit was rejected
 
 
 class EvolutionTree:
-    """All versions of the instructions, and which one to edit next. Ties go to the newest node, in every rule."""
+    """All versions of the instructions, and which one to edit next.
+
+    Among equals the oldest wins, in `best` and in every rule but "chain", which is the newest by its name: an edit must
+    be strictly better to take the place of what it edited, and where no edit was, the seed instructions are the best.
+    """
 
     def __init__(
         self, instructions: str, score: float | None, scores=None, c: float = 2.0, summary=None
@@ -189,7 +198,7 @@ class EvolutionTree:
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
         if rule == "ucb":
-            chosen = max(self.scored(), key=lambda node: (self.upper_bound(node), node.id))
+            chosen = max(self.scored(), key=self.upper_bound)  # of equals, max takes the first
         elif rule == "chain":
             chosen = self.scored()[-1]
         elif rule == "best":
@@ -214,8 +223,8 @@ class EvolutionTree:
         return node.score + self.c * math.sqrt(log_n / max(1, node.visits))
 
     def best(self) -> Node:
-        """argmax R̄ over the tree."""
-        return max(self.scored(), key=lambda node: (node.score, node.id))
+        """argmax R̄ over the tree, of equals the oldest."""
+        return max(self.scored(), key=lambda node: node.score)
 
     def scored(self) -> list[Node]:
         """The nodes that may be selected or returned, oldest first."""
@@ -306,7 +315,8 @@ def plain_logprobs(
 ) -> list[Tensor]:
     """log p of every response token under the prompt: one (T,) float32 tensor per response, differentiable.
 
-    This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses.
+    This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses;
+    models that cannot share a prompt, and tests, use this one.
     `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
     """
     check_scorable([(prompt_ids, responses)], temperature)
@@ -409,7 +419,7 @@ def until_end(row: Tensor, eos: list[int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two models: one on this machine, one behind a server
+# The model on this machine
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +443,7 @@ class Usage:
     cut: int = 0  # ... that were cut off at the token limit
     # ... in which nobody could read an answer; counted by evolve.py, which knows the graders
     unreadable: int = 0
+    lenient: int = 0  # ... in which it stood where it was not asked for, without tags, say; counted there too
     tokens_read: int = 0
     tokens_written: int = 0
 
@@ -490,9 +501,9 @@ class LocalModel:
         out = []
         for prompt in prompts:
             if temperature > 0:
-                responses = [drawn[prompt].pop() for _ in range(n)]
+                responses = [drawn[prompt].pop() for _ in range(n)]  # equal chats share what was drawn
             else:
-                responses = [drawn[prompt][0]] * n
+                responses = [drawn[prompt][0]] * n  # greedy: the same n times
             out.append([self.as_sample(prompt, ids) for ids in responses])
         return out
 
@@ -514,7 +525,7 @@ class LocalModel:
             batch = pending.pop(0)
             samples: list[Tensor] = []
             try:
-                samples = self.draw_batch(batch, options)
+                samples = self.draw_rows(batch, options)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:  # cannot be halved
                     raise
@@ -526,7 +537,8 @@ class LocalModel:
             out += samples
         return out
 
-    def draw_batch(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+    def draw_rows(self, rows: Sequence[Sequence[int]], options: dict) -> list[Tensor]:
+        """One batch, the shared way; the plain way where the model turns out to be unable to share."""
         if self.share:
             try:
                 return shared_sample(self.model, rows, self.eos, self.pad, **options)
@@ -552,38 +564,12 @@ class LocalModel:
         self.model.set_attn_implementation(self.own_attention)
 
     def encode(self, chat: Chat) -> list[int]:
-        """Token ids of a chat up to where the answer begins.
-
-        Contents come from models and data: a `<|im_start|>` in there must stay text, else instructions could forge a
-        role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
-        the template's own control strings are cut out.
-        """
+        """Token ids of a chat up to where the answer begins. Control strings in its contents stay text."""
         contents = "".join(message["content"] for message in chat)
         forged = sorted(set(self.controls.findall(contents)))
-        if not forged:
-            return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
-        # private-use characters
-        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
-        stand_in = dict(zip(forged, unused))
-        masked = []
-        for message in chat:
-            content = self.controls.sub(lambda hit: stand_in[hit[0]], message["content"])
-            masked.append(message | {"content": content})
-        original = str.maketrans({mark: control for control, mark in stand_in.items()})
-        forged_ids = self.tokenizer.convert_tokens_to_ids(forged)
-        ids: list[int] = []
-        # text, control, text, ..., text
-        for i, piece in enumerate(self.controls.split(self.render(masked))):
-            if i % 2:  # one that the template wrote
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-                continue
-            text = piece.translate(original)
-            plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-            # A vocabulary of whole words cannot spell a control string in pieces: there it is dropped.
-            ids += [token for token in plain if token not in forged_ids]
-        return ids
+        if forged:
+            return encode_forged(self, chat, forged)
+        return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
 
     def render(self, chat: Chat) -> str:
         """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
@@ -739,7 +725,7 @@ def read_texts(
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         check_attended(model, cache)
         for i, layer in enumerate(cache.layers):
-            keys, values = layer.read  # (some, h, width, d) each
+            keys, values = layer.read  # type: ignore[union-attr]  # (some, h, width, d) each
             if len(levels) == i:
                 all_keys = keys.new_zeros(keys.shape[1], len(texts), longest, keys.shape[3])
                 all_values = values.new_zeros(*all_keys.shape[:3], values.shape[3])
@@ -763,10 +749,10 @@ class PromptLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.common is None else self.common[0].shape[1]
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
-        self.read = (keys, values)  # (B, h, P1, d) each
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
+        self.read = (key_states, value_states)  # (B, h, P1, d) each
         # Views: were they `read` itself, layer and keys would hold each other in memory.
-        return handed_out(self, keys[:], values[:])
+        return handed_out(self, key_states[:], value_states[:])
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """(B, heads, P1, d) -> (B, heads, P1, d)"""
@@ -814,21 +800,21 @@ class RowLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length + self.used
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
-        rows, heads = keys.shape[:2]
+        keys, values = key_states, value_states
         if self.used == 0:
-            self.rows = rows
-            self.keys = keys.new_empty(heads * rows, 0, keys.shape[3])  # (h x R, room, d)
-            self.values = values.new_empty(heads * rows, 0, values.shape[3])
+            self.rows = len(keys)
+            self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
+            self.values = values.new_empty(values.shape[1] * self.rows, 0, values.shape[3])
         room = self.keys.shape[1]
         if self.used == room:
             # For as much again: copied log2(T) times, and never much more than what is used.
             more = min(max(32, room), max(1, self.new - room))
             self.keys = F.pad(self.keys, (0, 0, 0, more))
             self.values = F.pad(self.values, (0, 0, 0, more))
-        self.keys.unflatten(0, (heads, rows))[:, :, self.used] = keys[:, :, 0].transpose(0, 1)
-        self.values.unflatten(0, (heads, rows))[:, :, self.used] = values[:, :, 0].transpose(0, 1)
+        self.keys[:, self.used] = keys.transpose(0, 1).flatten(0, 2)
+        self.values[:, self.used] = values.transpose(0, 1).flatten(0, 2)
         self.used += 1
         self.ignored = True
         return handed_out(self, keys, values)
@@ -842,26 +828,29 @@ class RowLayer(DynamicLayer):
         levels = [*self.above, (self.keys[:, : self.used], self.values[:, : self.used])]
         scores = []
         for keys, _ in levels:
-            score = query.view(len(keys), -1, size) @ keys.transpose(1, 2)
-            scores.append(score.flatten(0, 1))  # (h x R x group, length)
+            score = torch.bmm(query.view(len(keys), -1, size), keys.mT)
+            scores.append(score.view(len(query), -1))  # (h x R x group, length)
         if self.hidden is not None:
             prompts, _, length = self.hidden.shape
             by_prompt = scores[-2].view(-1, prompts, self.rows // prompts * group, length)
             by_prompt.masked_fill_(self.hidden, -torch.inf)  # (h, D, n x group, P1)
         weights = torch.cat(scores, 1).softmax(1)  # (h x R x group, P0 + P1 + T)
         lengths = [score.shape[1] for score in scores]
-        out = torch.zeros_like(query[:, :1])
+        out = None
         for (_, values), weight in zip(levels, weights.split(lengths, 1)):
-            part = weight.view(len(values), -1, weight.shape[1]) @ values
-            out = out + part.flatten(0, 1)  # (h x R x group, d)
-        out = out.view(-1, self.rows, group, out.shape[1]).transpose(0, 1)
+            weight = weight.view(len(values), -1, values.shape[1])
+            if out is None:
+                out = torch.bmm(weight, values)
+            else:
+                out = torch.baddbmm(out.view(len(values), -1, values.shape[2]), weight, values)
+        out = out.view(-1, self.rows, group, values.shape[2]).transpose(0, 1)
         return out.reshape(self.rows, heads, 1, -1)
 
 
 def handed_out(layer: DynamicLayer, keys: Tensor, values: Tensor) -> Level:
     """Marked, so that the attention function finds the layer, and sees that they are as they came from it."""
-    keys.layer = layer
-    values.layer = layer
+    for tensor in (keys, values):
+        tensor.layer = layer  # type: ignore[attr-defined]
     return keys, values
 
 
@@ -886,9 +875,9 @@ def levels_attention(
     return out.transpose(1, 2), None  # (B, Q, heads, d)
 
 
-def strange_settings(settings: dict[str, Any], known: set[str] = frozenset()) -> list[str]:
+def strange_settings(settings: dict[str, Any], known: Sequence[str] = ()) -> list[str]:
     """The names of those that may change what attention gives, in a way that is not known here."""
-    harmless = HARMLESS | known
+    harmless = HARMLESS.union(known)
     return [name for name in settings if name not in harmless and settings[name] is not None]
 
 
@@ -909,7 +898,7 @@ def attention(model, name: str) -> Iterator[None]:
 def check_attended(model, cache: Cache) -> None:
     """An attention that ignores the function asked for has seen a part of the keys only, without a word."""
     for layer in cache.layers:
-        if layer.ignored:
+        if layer.ignored:  # type: ignore[union-attr]
             name = type(model).__name__
             raise NotImplementedError(f"{name} attends in a way of its own and cannot share prompts.")
 
@@ -985,7 +974,8 @@ class Crowd:
 
     def joined_by(self, prompt: Sequence[int], rows: int) -> Crowd:
         """The batch with some rows of another prompt."""
-        prefix = len(os.path.commonprefix([self.first[: self.prefix], prompt[:-1]]))
+        both: list[Any] = [self.first[: self.prefix], prompt[:-1]]
+        prefix = len(os.path.commonprefix(both))
         longest = max(self.longest, len(prompt))
         return Crowd(self.first, prefix, longest, self.prompts + 1, self.rows + rows)
 
@@ -1112,7 +1102,7 @@ def attention_window(model) -> int:
     windows = []
     for layer in DynamicCache(config=model.config).layers:
         if getattr(layer, "sliding_window", 0):
-            windows.append(layer.sliding_window)
+            windows.append(layer.sliding_window)  # type: ignore[union-attr]
     return min(windows, default=0)
 
 
@@ -1189,7 +1179,7 @@ def shared_prompt_attention(
     sdpa = AttentionInterface()["sdpa"]
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    strange = strange_settings(kwargs, known={"scaling", "sliding_window"})  # a row fits into the window
+    strange = strange_settings(kwargs, known=("scaling", "sliding_window"))  # a row fits into the window
     if strange:
         raise NotImplementedError(f"Attention with {', '.join(strange)} cannot share prompts.")
     p = query.shape[2] - attention_mask.shape[2]
@@ -1369,14 +1359,22 @@ class MasterAdamW:
     def __init__(
         self, model, lr: float, max_norm: float = 1.0, weight_decay: float = 0.0, betas=(0.9, 0.999)
     ) -> None:
-        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`."""
+        """`max_norm` clips the norm of the whole gradient. The learning rate may be changed in `adamw.param_groups`.
+
+        The model stays on its device, one GPU or the CPU. `host_bytes(model)` says what this takes there.
+        """
         self.max_norm = max_norm
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.masters: list[Tensor] = []
         self.copied: list[tuple[Tensor, Tensor]] = []  # (parameter in 16 bits, its master)
+        short = [p for p in self.params if p.dtype.itemsize < 4]
+        self.stream = torch.cuda.Stream(short[0].device) if short and short[0].is_cuda else None
+        largest = max((p.numel() for p in short), default=0)
+        self.passages = [Passage(largest, self.stream), Passage(largest, self.stream)]
         for param in self.params:
             if param.dtype.itemsize < 4:
-                master = param.detach().cpu().float()
+                self.passages[0].fetch(param.detach())
+                master = self.passages[0].arrived().clone()
                 self.copied.append((param, master))
             else:
                 master = param
@@ -1385,19 +1383,54 @@ class MasterAdamW:
             self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
         )
 
+    @staticmethod
+    def host_bytes(model) -> int:
+        """The host memory that an optimizer of this model takes from its first step on: 12 bytes per weight in 16 bits,
+        for master and moments, and two passages for the largest tensor. Weights in float32 on a CPU: 8 bytes each.
+        """
+        total = largest = 0
+        for param in model.parameters():
+            if param.requires_grad and param.dtype.itemsize < 4:
+                total += 12 * param.numel()
+                largest = max(largest, 4 * param.numel())
+            elif param.requires_grad and not param.is_cuda:
+                total += 8 * param.numel()
+        if largest:
+            largest = 2 ** math.ceil(math.log2(largest))  # torch rounds pinned memory up to a power of two
+        return total + 2 * largest
+
     @torch.no_grad()
     def step(self) -> float:
         """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
         if math.isfinite(norm):
-            for param, master in self.copied:
-                master.grad = None if param.grad is None else param.grad.cpu().float()
-            self.adamw.step()
-            for param, master in self.copied:
-                param.copy_(master)
-        for tensor in [*self.params, *self.masters]:
-            tensor.grad = None
+            self.adamw.step()  # steps what has a gradient: those that are their own masters
+            for master in self.masters:
+                master.grad = None
+            self.step_masters()
+        for param in self.params:
+            param.grad = None
         return norm
+
+    def step_masters(self) -> None:
+        """One master after the other: its gradient comes, it steps, its parameter becomes equal to it.
+
+        While the CPU makes one step, the next gradient is on its way from the GPU, and the last weights on theirs back.
+        """
+        moving = [(param, master) for param, master in self.copied if param.grad is not None]
+        for i, (param, master) in enumerate(moving):
+            passage = self.passages[i % 2]
+            if i == 0:
+                passage.fetch(param.grad)
+            if i + 1 < len(moving):
+                following = moving[i + 1][0]
+                self.passages[(i + 1) % 2].fetch(following.grad)
+            master.grad = passage.arrived()
+            self.adamw.step()
+            master.grad = None
+            passage.send(master, param)
+        if self.stream is not None:
+            self.stream.synchronize()  # until the last weights are there
 
     def state_dict(self) -> dict:
         """The moments and the masters, from which the model's own weights follow."""
@@ -1412,6 +1445,74 @@ class MasterAdamW:
         for param, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             param.copy_(master)
+
+
+class Passage:
+    """Host memory, in float32, that one tensor at a time passes through on its way from a GPU or back to it.
+
+    It is pinned, so copies run beside the CPU's work, on a stream of their own, in the order in which they were begun:
+    once a gradient has arrived, the weights sent before it have left. On a CPU (no stream) they are plain copies.
+    """
+
+    def __init__(self, numel: int, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+        self.room = torch.empty(numel, dtype=torch.float32, pin_memory=stream is not None)
+        self.event = None if stream is None else torch.cuda.Event()
+
+    def fetch(self, tensor: Tensor) -> None:
+        """Begin to copy a tensor to here. A copy that does not block is converted by the GPU."""
+        self.held = self.room[: tensor.numel()].view(tensor.shape)
+        if self.stream is not None:  # the GPU's other work comes first: the tensor may be its result
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):  # None: as if it were not there
+            self.held.copy_(tensor, non_blocking=True)
+        if self.event is not None:
+            self.event.record(self.stream)
+
+    def arrived(self) -> Tensor:
+        """What was fetched, as soon as it is there; of use until the next `fetch` or `send`."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.held
+
+    def send(self, master: Tensor, param: Tensor) -> None:
+        """Begin to copy a master to its parameter."""
+        self.held.copy_(master)
+        with torch.cuda.stream(self.stream):
+            param.copy_(self.held, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: control strings in what a model or a data set wrote
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode_forged(local: LocalModel, chat: Chat, forged: list[str]) -> list[int]:
+    """Token ids of a chat whose contents hold the control strings `forged`, which must stay text.
+
+    A `<|im_start|>` within instructions could forge a role. So control strings in contents are swapped for stand-ins
+    before the template runs, and swapped back once the template's own control strings are cut out.
+    """
+    contents = "".join(message["content"] for message in chat)
+    private = (chr(code) for code in range(0xE000, 0xF900))  # characters that mean nothing by themselves
+    stand_in = dict(zip(forged, (char for char in private if char not in contents)))
+    masked = []
+    for message in chat:
+        content = local.controls.sub(lambda hit: stand_in[hit[0]], message["content"])
+        masked.append(message | {"content": content})
+    original = str.maketrans({mark: control for control, mark in stand_in.items()})
+    forged_ids = local.tokenizer.convert_tokens_to_ids(forged)
+    ids: list[int] = []
+    pieces = local.controls.split(local.render(masked))  # text, control, text, ..., text
+    for i, piece in enumerate(pieces):
+        if i % 2:  # one that the template wrote
+            ids.append(local.tokenizer.convert_tokens_to_ids(piece))
+            continue
+        text = piece.translate(original)
+        plain = local.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        # A vocabulary of whole words cannot spell a control string in pieces: there it is dropped.
+        ids += [token for token in plain["input_ids"] if token not in forged_ids]
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------

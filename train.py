@@ -8,7 +8,7 @@
     torchrun --nproc_per_node 8 train.py --task bird ...   the same on eight GPUs: each takes an eighth of the states
 
 The order of this file: one step of training; the loop; where start states come from; untrained and trained editor
-before and after, on domains that training never saw. Below the banner *From here on only plumbing*: settings, plan,
+compared on domains that training never saw. Below the banner *From here on only plumbing*: settings, plan,
 checkpoints, `main`.
 
 For readers who know PyTorch but not RL, the whole of it: sample from the model, weight the log-probability of each
@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import psutil  # comes with accelerate
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
@@ -42,7 +43,7 @@ import data
 import evolve
 from data import Answer, Problem
 from evolve import Edit, Settings, option
-from lse import Check, MasterAdamW, advantages, delta_reward, policy_loss
+from lse import INVALID_REWARD, Check, MasterAdamW, advantages, delta_reward, policy_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
@@ -65,15 +66,14 @@ class StartState:
     domain: str
     instructions: str
     score: float  # R̄(c_0)
-    # of the splits that its tree had: the holdout which gave the score must judge the edits too
-    seed: int
+    seed: int  # draws the same splits again: the holdout that gave the score must judge the edits, too
     # the best score of its tree minus its own: how much more is known to be possible
     potential: float
 
 
 @dataclass
-class Rollout:
-    """One start state in one step, and what became of it. Filled from top to bottom."""
+class EditGroup:
+    """One start state in one step, with the G edits sampled for it. Filled from top to bottom."""
 
     state: StartState
     problems: list[Problem]  # k fresh ones, for the summary
@@ -90,68 +90,68 @@ def train_step(
     solver,
     editor,
     optimizer: MasterAdamW,
-    pool: list[StartState],
+    start_states: list[StartState],
     s: Config,
     step: int,
     accelerator: Accelerator,
-) -> tuple[dict, list[Rollout]]:
-    """One step of Section 2 of the paper. Returns (the line for the log, the rollouts of this process).
+) -> tuple[dict, list[EditGroup]]:
+    """One step of Section 2 of the paper. Returns (the line for the log, this process's states with their edits).
 
-    With several processes each takes a share of the states, advantages are computed on the batch of all, and gradients
-    are summed, so that all take the step that one process would have taken.
+    With several processes each takes a share of the states. Advantages are computed on the batch of all, and gradients
+    are summed, so that all take the step that one process would have taken with the same edits.
     """
     rank = accelerator.process_index
     processes = accelerator.num_processes
-    # All draws follow from seed and step: resuming needs no random state.
-    torch.manual_seed(hash((s.seed, step, rank)))
+    evolve.seed_draws(s.seed, step, rank)  # so resuming needs no random state
     started = time.time()
 
     # 1. States: N instructions to start from. Those with more to gain are drawn more often.
-    rollouts = draw_rollouts(task, pool, s, step)[rank::processes]
+    groups = draw_states(task, start_states, s, step)[rank::processes]
 
     # 2. Summaries: the frozen solver answers k fresh problems under c_0, as it would at test time.
-    jobs = [(each.state.instructions, each.problems) for each in rollouts]
+    jobs = [(each.state.instructions, each.problems) for each in groups]
     answers = evolve.solve_all(task, solver, jobs, **evolve.solver_sampling(s))
-    for rollout, summary in zip(rollouts, answers):
-        rollout.summary = summary
+    for group, summary in zip(groups, answers):
+        group.summary = summary
 
     # 3. Edits: c_1 ~ f_ψ(c_0, S_0), G of each, at temperature 1 and with nothing cut off: else the gradient would be
     # another policy's.
-    chats = [editor_chat(task, editor, rollout, s) for rollout in rollouts]
+    chats = [editor_chat(task, editor, group, s) for group in groups]
     drawn = editor.sample(chats, n=s.group, max_new_tokens=s.editor_tokens)
-    for rollout, samples in zip(rollouts, drawn):
-        rollout.edits = [evolve.read_edit(task, sample) for sample in samples]
+    for group, samples in zip(groups, drawn):
+        group.edits = [evolve.read_edit(task, sample) for sample in samples]
     sampled = time.time()
 
     # 4. Scores: R̄(c_1) on the holdout that also scored c_0. An edit that cannot be read is not scored.
     jobs = []
-    for rollout in rollouts:
-        jobs += [(edit.instructions, rollout.holdout) for edit in rollout.edits if edit.valid]
+    for group in groups:
+        jobs += [(edit.instructions, group.holdout) for edit in group.edits if edit.valid]
     scores = iter(evolve.score_all(task, solver, jobs, s))
-    for rollout in rollouts:
-        for edit in rollout.edits:
-            rollout.after.append(fmean(next(scores)) if edit.valid else math.nan)
+    for group in groups:
+        for edit in group.edits:
+            group.after.append(fmean(next(scores)) if edit.valid else math.nan)
 
-    # 5. Advantages, from the rollouts of all processes.
-    everyone = gather_object(rollouts)
+    # 5. Advantages, from the edits of all processes.
+    everyone = gather_object(groups)
     scored = time.time()
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
     after = torch.tensor([each.after for each in everyone])  # (N, G)
-    weights = advantages(s.advantage, after, before, ~after.isnan())  # (N, G)
+    valid = ~after.isnan()
+    weights = advantages(s.advantage, after, before, valid, s.invalid_reward)  # (N, G)
     my_weights = weights.chunk(processes)[rank]  # (N / processes, G)
 
-    # 6. Loss and step. What was sampled is scored again, differentiably, a few groups at a time: their gradients add up
-    # to that of the mean over the tokens of the whole batch.
+    # 6. Loss and step. The log-probs of the edits are computed again, differentiably, a few groups at a time: their
+    # gradients add up to that of the mean over the tokens of the whole batch.
     n_tokens = sum(len(edit.sample.ids) for each in everyone for edit in each.edits)
     lr = s.lr * (1 - step / s.steps)
     optimizer.adamw.param_groups[0]["lr"] = lr
-    # Checkpointing needs train mode; without it, no dropout either.
+    # Gradient checkpointing needs train mode. Otherwise eval mode: what sampled had no dropout, either.
     editor.model.train(s.gradient_checkpointing)
-    surprise = 0.0
-    for groups, group_weights in micro_batches(rollouts, my_weights, s.micro_batch):
-        logps = sum(editor.group_logprobs(groups), [])  # one tensor (T,) per edit
-        policy_loss(logps, group_weights.flatten(), n_tokens).backward()
-        surprise -= sum(float(logp.detach().sum()) for logp in logps)
+    negative_logprobs = 0.0
+    for batch, batch_weights in micro_batches(groups, my_weights, s.micro_batch):
+        logps = sum(editor.group_logprobs(batch), [])  # one tensor (T,) per edit
+        policy_loss(logps, batch_weights.flatten(), n_tokens).backward()
+        negative_logprobs -= sum(float(logp.detach().sum()) for logp in logps)
     if processes > 1:
         for parameter in optimizer.params:
             parameter.grad = accelerator.reduce(parameter.grad, "sum")
@@ -159,65 +159,71 @@ def train_step(
 
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
-    line["entropy"] = sum(gather_object([surprise])) / n_tokens  # E[−log p] = H, in nats per token
+    line["spread"] = float(weights.max() - weights.min())  # 0: no edit was better than another
+    line["entropy"] = (
+        sum(gather_object([negative_logprobs])) / n_tokens
+    )  # E[−log p] = H, in nats per token
     line["seconds"] = {"sample": sampled - started, "score": scored - sampled}
     line["seconds"]["learn"] = time.time() - scored
-    return line | edit_figures(everyone, before, after), rollouts
+    return line | edit_figures(everyone, before, after, s.invalid_reward), groups
 
 
-def draw_rollouts(task, pool: list[StartState], s: Config, step: int) -> list[Rollout]:
-    """N start states from the pool, the same in every process, each with k fresh problems and its holdout."""
+def draw_states(task, start_states: list[StartState], s: Config, step: int) -> list[EditGroup]:
+    """N of the start states, the same in every process, each with k fresh problems and its holdout."""
     # Curriculum: where the tree shows that more is possible, there is more to learn. The 0.1 leaves no state out.
-    potential = [state.potential + 0.1 for state in pool]
-    states = random.Random(f"{s.seed}/{step}").choices(pool, potential, k=s.states)
-    rollouts = []
-    # the place goes into the draw: a state drawn twice gets other problems
-    for place, state in enumerate(states):
-        splits = evolve.split_problems(task.problems(state.domain), training_splits(s, state.seed))
-        problems = evolve.draw_batch(splits["pool"], s, state.domain, -1 - step, place)
-        rollouts.append(Rollout(state, problems, splits["holdout"]))
-    return rollouts
+    odds = [state.potential + 0.1 for state in start_states]
+    chosen = random.Random(f"{s.seed}/{step}").choices(start_states, odds, k=s.states)
+    number = -1 - step  # rounds of trees count from 0: nothing that grew a tree is drawn again
+    groups = []
+    for place, state in enumerate(chosen):  # its place: a state drawn twice gets other problems
+        own = training_settings(s, state.seed)
+        splits = evolve.split_problems(task.problems(state.domain), own)
+        problems = evolve.draw_batch(splits["pool"], s, state.domain, number, place)
+        groups.append(EditGroup(state, problems, splits["holdout"]))
+    return groups
 
 
-def editor_chat(task, editor, rollout: Rollout, s: Config) -> list[dict]:
+def editor_chat(task, editor, group: EditGroup, s: Config) -> list[dict]:
     """What the editor reads, (c_0, S_0); problems that do not fit into its prompt are counted."""
-    instructions = rollout.state.instructions
-    chat, rollout.dropped = evolve.edit_chat(
-        task, editor, instructions, rollout.summary, s.max_prompt_tokens
+    instructions = group.state.instructions
+    chat, group.dropped = evolve.edit_chat(
+        task, editor, instructions, group.summary, s.max_prompt_tokens
     )
     return chat
 
 
-def micro_batches(rollouts: list[Rollout], weights: Tensor, size: int):
+def micro_batches(edit_groups: list[EditGroup], weights: Tensor, size: int):
     """The groups that `group_logprobs` takes, `size` at a time, each with the (size, G) advantages of its edits.
 
     Sorted by the length of the prompt, so that little is padded.
     """
     groups = []
-    for rollout in rollouts:
-        responses = [edit.sample.ids for edit in rollout.edits]
-        groups.append((rollout.edits[0].sample.prompt_ids, responses))
+    for each in edit_groups:
+        responses = [edit.sample.ids for edit in each.edits]
+        groups.append((each.edits[0].sample.prompt_ids, responses))
     order = sorted(range(len(groups)), key=lambda i: len(groups[i][0]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         yield [groups[i] for i in chosen], weights[chosen]
 
 
-def edit_figures(rollouts: list[Rollout], before: Tensor, after: Tensor) -> dict:
+def edit_figures(
+    groups: list[EditGroup], before: Tensor, after: Tensor, invalid_reward: float
+) -> dict:
     """What the log says of the edits of a step; `before` is (N,), `after` (N, G) with NaN for an edit not valid."""
     valid = ~after.isnan()
     old = before[:, None]
-    score = torch.where(valid, after, -1.0)
-    edits = [edit for rollout in rollouts for edit in rollout.edits]
+    score = torch.where(valid, after, invalid_reward)
+    edits = [edit for group in groups for edit in group.edits]
     return {
-        "reward": float(delta_reward(after, old, valid).mean()),
+        "reward": float(delta_reward(after, old, valid, invalid_reward).mean()),
         # share of edits better than what they edited
         "better": float((after > old).float().mean()),
         "before": float(before.mean()),
         "after": float(after[valid].mean()),
         "valid": float(valid.float().mean()),
         "cut": sum(edit.sample.truncated for edit in edits),  # edits cut off at the token limit
-        "dropped_problems": sum(rollout.dropped for rollout in rollouts),
+        "dropped_problems": sum(group.dropped for group in groups),
         # groups of equal scores: they teach "grpo" nothing
         "flat": int((score.amax(1) == score.amin(1)).sum()),
     }
@@ -234,7 +240,7 @@ class Progress:
     randomness is a function of seed and step, the learning rate one of the step."""
 
     lines: list[dict] = field(default_factory=list)  # of the log, one per finished step
-    pool: list[StartState] = field(default_factory=list)
+    start_states: list[StartState] = field(default_factory=list)
     noise: float | None = None  # standard deviation of the reward when nothing is edited
 
 
@@ -251,20 +257,29 @@ def reinforce(
         progress = load_checkpoint(out, s, optimizer, accelerator) or progress
     done = len(progress.lines)
     main_process = accelerator.is_main_process
+    saved, saving = (
+        time.time(),
+        0.0,
+    )  # when the last checkpoint was written, and the seconds that it took
     bar = {"desc": "2. RL", "unit": "step", "disable": not main_process}
     for step in tqdm(range(done, s.steps), total=s.steps, initial=done, **bar):
-        # Start states, grown with the current editor: at test time it will edit its own earlier edits.
+        if step == 0:
+            check_headroom(task, solver, s, accelerator)
+        # Start states, grown with the current editor: at test time it will edit its own earlier edits. Older ones stay.
         if step == 0 or (s.grow_every and step % s.grow_every == 0):
-            progress.pool = grow_states(task, solver, editor, s, step, accelerator) + progress.pool
+            progress.start_states = (
+                grow_states(task, solver, editor, s, step, accelerator) + progress.start_states
+            )
         if step == 0 and main_process:
-            progress.noise = reward_noise(task, solver, progress.pool[: s.states], s)
+            progress.noise = reward_noise(task, solver, progress.start_states[: s.states], s)
             print(
-                f"1. {len(progress.pool)} start states. Unchanged instructions, scored twice, differ by "
+                f"1. {len(progress.start_states)} start states. "
+                f"Unchanged instructions, scored twice, differ by "
                 f"{progress.noise:.3f} (s.d.).",
                 flush=True,
             )
-        line, rollouts = train_step(
-            task, solver, editor, optimizer, progress.pool, s, step, accelerator
+        line, groups = train_step(
+            task, solver, editor, optimizer, progress.start_states, s, step, accelerator
         )
         if step == 0:
             line["sampler_error"] = check.error
@@ -273,15 +288,81 @@ def reinforce(
         if main_process:
             tqdm.write(step_text(line))
             if step % 20 == 0:
-                tqdm.write(show_edit(rollouts[0]))
+                tqdm.write(show_edit(groups[0]))
             save_log(out, progress.lines)
         if len(progress.lines) > 2 and all(each["skipped"] for each in progress.lines[-3:]):
             raise SystemExit(
                 "Three steps in a row had no finite gradient: start again with a lower --lr."
             )
-        if main_process and ((step + 1) % s.save_every == 0 or step + 1 == s.steps):
+        check_learning(progress.lines, groups, s)
+        if main_process and checkpoint_due(step, s, time.time() - saved, saving):
+            started = time.time()
             save_checkpoint(out, s, optimizer, progress)
+            saved = time.time()
+            saving = saved - started
     return progress
+
+
+# Perfect instructions must beat the seed instructions by that much.
+HEADROOM = 0.1
+# A run in which nothing can be learned shows it in so many steps.
+EARLY = 3
+
+
+def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
+    """Say what edits can reach at most, where the task knows. SystemExit if there is nothing to reach."""
+    domains = large_domains(task, "train", s)[:8]
+    scores = evolve.headroom(task, solver, domains, training_settings(s, s.seed))
+    if scores is None:
+        return
+    seed, perfect = scores
+    accelerator.print(
+        f"0. Headroom: the seed instructions score {seed:.3f}, perfect instructions {perfect:.3f} "
+        f"(holdout of {len(domains)} training domains).",
+        flush=True,
+    )
+    if perfect - seed < HEADROOM:
+        raise SystemExit(
+            "There is no headroom: the solver does no better with all that can be known, so no edit can "
+            "help. Choose another --model, or a --solver that uses what its instructions say."
+        )
+
+
+def check_learning(lines: list[dict], groups: list[EditGroup], s: Config) -> None:
+    """SystemExit with the reason and a sample, if after EARLY steps nothing has told a good edit from a bad one."""
+    if len(lines) != EARLY or s.steps <= EARLY or s.states * s.group == 1:
+        return
+    edit = groups[0].edits[0]
+    if not any(line["valid"] for line in lines):
+        why = f"no edit of the first {EARLY} steps could be used ({edit.note})"
+        remedy = "a larger --model, one that follows the form which the prompt asks for"
+        if sum(line["cut"] for line in lines) > EARLY * s.states * s.group / 2:
+            remedy = f"a larger --editor-tokens than {s.editor_tokens}: most edits were cut off"
+    elif not any(line["spread"] for line in lines):
+        scores = [score for each in groups for score in each.after if not math.isnan(score)]
+        why = f"in the first {EARLY} steps no edit was better than another"
+        why += f"; the last ones score {min(scores):.3f} to {max(scores):.3f}" if scores else ""
+        remedy = "a larger --holdout or --states, or a --solver that its instructions can help"
+        if s.advantage == "grpo" and s.group == 1:
+            remedy = "--group 2 or more: grpo compares the edits of one start state"
+    else:
+        return
+    raise SystemExit(
+        f"This run cannot learn: {why}.\nAn edit for {evolve.printable(groups[0].state.domain)}: "
+        f"{one_line(edit.text)}\nTry {remedy}."
+    )
+
+
+def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
+    """After the last step, every `save_every` steps, else so seldom that saving takes less than 5% of the time.
+
+    `since` are the seconds since the last checkpoint, `saving` those that it took; both are 0 before the first.
+    """
+    if step + 1 == s.steps:
+        return True
+    if s.save_every:
+        return (step + 1) % s.save_every == 0
+    return since > 20 * saving
 
 
 def step_text(line: dict) -> str:
@@ -298,11 +379,11 @@ def step_text(line: dict) -> str:
     return text
 
 
-def show_edit(rollout: Rollout) -> str:
-    """The first edit of a rollout in words, with the score before and after it: numbers alone hide what is learned."""
-    state = rollout.state
-    edit = rollout.edits[0]
-    score = f"{rollout.after[0]:.2f}" if edit.valid else "invalid"
+def show_edit(group: EditGroup) -> str:
+    """The first edit of a group in words, with the score before and after it: numbers alone hide what is learned."""
+    state = group.state
+    edit = group.edits[0]
+    score = f"{group.after[0]:.2f}" if edit.valid else "invalid"
     return (
         f"\n   an edit for {state.domain}, holdout {state.score:.2f} -> {score}\n"
         f"     old: {one_line(state.instructions)}\n"
@@ -328,9 +409,11 @@ def grow_states(
     Training from the seed instructions alone would not match deployment, where the editor edits its own earlier edits.
     Each process grows its share of the domains; all get all states.
     """
-    own = training_splits(s, seed=s.seed * 1_000_003 + step)  # fresh splits and batches each time
+    own = training_settings(
+        s, seed=s.seed * 1_000_003 + step
+    )  # no two growths share a seed, nor draws
     own = replace(own, rounds=s.grow_rounds)
-    mine = enough_problems(task, "train", s)[accelerator.process_index :: accelerator.num_processes]
+    mine = large_domains(task, "train", s)[accelerator.process_index :: accelerator.num_processes]
     started = time.time()
     trees = evolve.seed_trees(task, mine, solver, own)
     if step == 0:  # the first real work of a run
@@ -353,14 +436,14 @@ def grow_states(
     return gather_object(states)
 
 
-def training_splits(s: Config, seed: int) -> Config:
-    """The settings by which a training domain is split: its tree's seed, and no problems kept back for a test."""
+def training_settings(s: Config, seed: int) -> Config:
+    """The settings for a training domain: the seed of its tree, and no problems kept back for a test."""
     return replace(s, test=0, seed=seed)
 
 
-def enough_problems(task, split: str, s: Config) -> list[str]:
+def large_domains(task, split: str, s: Config) -> list[str]:
     """The domains of a split. ValueError if any has too few problems, unless --skip-small leaves those out."""
-    wanted = s if split == "test" else training_splits(s, s.seed)
+    wanted = s if split == "test" else training_settings(s, s.seed)
     names = task.domains(split)
     good: list[str] = []
     faults: list[str] = []
@@ -382,7 +465,9 @@ def reward_noise(task, solver, states: list[StartState], s: Config) -> float:
     """Standard deviation of the reward of the null edit: unchanged instructions, scored again. 0 if all is greedy."""
     jobs = []
     for state in states:
-        splits = evolve.split_problems(task.problems(state.domain), training_splits(s, state.seed))
+        splits = evolve.split_problems(
+            task.problems(state.domain), training_settings(s, state.seed)
+        )
         jobs.append((state.instructions, splits["holdout"]))
     squares = []
     for state, scores in zip(states, evolve.score_all(task, solver, jobs, s)):
@@ -403,28 +488,46 @@ def evaluate(
     The holdout guided the search, so its best score is optimistic ("holdout_best"); the test split is touched once.
     Returns ({"test_accuracy", "stderr", "domains", ...}, trees); the standard error is over domains.
     """
-    mine = enough_problems(task, "test", s)[accelerator.process_index :: accelerator.num_processes]
+    mine = large_domains(task, "test", s)[accelerator.process_index :: accelerator.num_processes]
     trees = evolve.seed_trees(task, mine, solver, s)
     bar = progress if accelerator.is_main_process else ""
     evolve.evolve_all(task, trees, solver, editor, s, s.search, progress=bar)
     tests = evolve.final_test(task, trees, solver, s)
     seed_scores: list[float] = []
-    best_scores: list[float] = []
+    best_scores: dict[str, float] = {}
     all_trees = {}
     for part_trees, part_tests in gather_object([(trees, tests)]):
         all_trees |= part_trees
-        for seed, best in part_tests.values():
+        for domain, (seed, best) in part_tests.items():
             seed_scores.append(fmean(seed))
-            best_scores.append(fmean(best))
-    mean, error = evolve.mean_error(best_scores)
+            best_scores[domain] = fmean(best)
+    mean, error = evolve.mean_error(list(best_scores.values()))
     results = {
         "test_accuracy": mean,
         "stderr": None if math.isnan(error) else error,
         "domains": len(all_trees),
         "seed_instructions": fmean(seed_scores),
         "holdout_best": fmean(tree.best().score for tree in all_trees.values()),
+        "scores": best_scores,
     }
     return results, all_trees
+
+
+def paired_gain(before: dict[str, float], after: dict[str, float]) -> dict:
+    """What training gained, from the test score of each domain with either editor: domain by domain, so that easy and
+    hard ones do not count as noise. `stderr` is over domains, None if there is only one.
+
+    >>> paired_gain({"a": 0.0, "b": 0.5}, {"a": 0.5, "b": 0.5})
+    {'mean': 0.25, 'stderr': 0.25, 'better': 1, 'worse': 0}
+    """
+    gains = [after[domain] - before[domain] for domain in before]
+    mean, error = evolve.mean_error(gains)
+    return {
+        "mean": mean,
+        "stderr": None if math.isnan(error) else error,
+        "better": sum(gain > 0 for gain in gains),
+        "worse": sum(gain < 0 for gain in gains),
+    }
 
 
 def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
@@ -445,6 +548,12 @@ def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
     for name in ("untrained", "trained"):
         error = "" if results[name]["stderr"] is None else f" ± {results[name]['stderr']:.3f}"
         print(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{error}")
+    gain = results["gain"]
+    error = "" if gain["stderr"] is None else f" ± {gain['stderr']:.3f}"
+    print(
+        f"  gain, paired       {gain['mean']:+.3f}{error}   "
+        f"({gain['better']} domains better, {gain['worse']} worse)"
+    )
     if is_usual_run(results["config"]):
         print(f"  {EXPECT}")
     print(worth_of_edits(trees))
@@ -508,6 +617,11 @@ class Config(Settings):
     advantage: Literal["delta", "grpo", "score", "line"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
+    # An edit that cannot be used needs a reward below that of a useless one, but no more: rewards are differences of
+    # scores, about 0.1 here, and beside a flat −1 for one edit in twenty the gradient hardly sees the others.
+    invalid_reward: float = option(
+        INVALID_REWARD, "reward of an edit that cannot be used, 0 or less"
+    )
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")
     group: int | None = option(None, "G, edits sampled per start state")
@@ -521,7 +635,9 @@ class Config(Settings):
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: for long prompts"
     )
-    save_every: int = option(1, "steps between checkpoints (a 4B model writes 48 GB each)")
+    save_every: int = option(
+        0, "steps between checkpoints (of a 4B model 48 GB each); 0: they take under a twentieth of the time"
+    )
 
 
 # What may differ when a run is resumed: its length, how often it saves, and where its folder has been moved to.
@@ -532,10 +648,8 @@ def plan(
     task, solver, editor, s: Config, out: Path, train: list[str], test: list[str], processes: int
 ) -> str:
     """The plan of the run. ValueError names what cannot work: all that can be known before the first model call."""
-    if min(s.states, s.group, s.test, s.micro_batch, s.save_every) < 1:
-        raise ValueError(
-            "--states, --group, --test, --micro-batch and --save-every must be 1 or more."
-        )
+    if min(s.states, s.group, s.test, s.micro_batch) < 1:
+        raise ValueError("--states, --group, --test and --micro-batch must be 1 or more.")
     if s.states % processes:
         raise ValueError(
             f"--states {s.states} cannot be shared by {processes} processes: choose a multiple."
@@ -552,9 +666,39 @@ def plan(
     weights = sum(parameter.numel() for parameter in editor.model.parameters())
     size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
     problems = [problem for domain in train + test for problem in task.problems(domain)]
-    return "Plan\n  " + evolve.plan_lines(
-        task, (solver, editor), (answers, edits), problems, s, out, size
-    )
+    models = (solver, editor)
+    lines = evolve.plan_lines(task, models, (answers, edits), problems, s, out, size)
+    return f"Plan\n  {lines}\n  {memory_line(editor.model, s.resume)}"
+
+
+def memory_line(model, resume: bool) -> str:
+    """What the optimizer takes of this machine's own memory. ValueError if that is not there."""
+    size = MasterAdamW.host_bytes(model)
+    if resume:  # for a moment, the masters are there twice
+        size += sum(4 * p.numel() for p in model.parameters() if p.dtype.itemsize < 4)
+    size *= int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )  # torchrun's word for the processes on this machine
+    free = memory_free()
+    if free < size:
+        raise ValueError(
+            f"The optimizer takes up to {size / 1e6:,.0f} MB of this machine's memory, besides the GPU's, "
+            f"and {free / 1e6:,.0f} MB are left: choose a smaller --model or a machine with more."
+        )
+    return f"host memory: up to {size / 1e6:,.1f} MB for the optimizer, of {free / 1e6:,.0f} MB that are left"
+
+
+def memory_free() -> int:
+    """Bytes of memory that this machine has left, or the container that this runs in."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        # not memory.current, which counts what was read from files, and is given up when needed
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - int(used["anon"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit: "max"
+        return free
 
 
 def count_calls(s: Config, train: int, test: int) -> tuple[int, int]:
@@ -614,8 +758,8 @@ def load_checkpoint(
                 master.shape for master in optimizer.masters
             ]:
                 raise ValueError("it belongs to another run")
-            pool = [StartState(**each) for each in state["pool"]]
-            progress = Progress(state["lines"], pool, state["noise"])
+            states = [StartState(**each) for each in state["start_states"]]
+            progress = Progress(state["lines"], states, state["noise"])
             optimizer.load_state_dict(saved)
             accelerator.print(f"{path}: going on after {len(progress.lines)} steps.")
             return progress
@@ -650,7 +794,7 @@ def main(s: Config) -> dict | None:
 
     # 0. Everything that can fail early fails here. The solver stays as it is; the editor starts from the same weights.
     s = evolve.with_presets(s)
-    out = Path(s.out or f"runs/{s.task}")
+    out = Path(s.out or evolve.run_folder(s.task))
     name = s.model
     if not name and s.task == "mini":
         name = str(evolve.MINIATURE / "base")
@@ -659,8 +803,8 @@ def main(s: Config) -> dict | None:
             f"--task {s.task} needs --model, a checkpoint folder or hub name: only mini brings its own."
         )
     task = data.load_task(s.task, s.data or None)
-    train, test = enough_problems(task, "train", s), enough_problems(task, "test", s)
-    editor = evolve.load_model(name, s.max_batch_tokens)
+    train, test = large_domains(task, "train", s), large_domains(task, "test", s)
+    editor = evolve.load_model(name, s.max_batch_tokens, s.dtype)
     solver = evolve.open_model(s.solver or name, s.solver_model, s)
     accelerator.print(
         plan(task, solver, editor, s, out, train, test, accelerator.num_processes), flush=True
@@ -668,15 +812,14 @@ def main(s: Config) -> dict | None:
     if accelerator.is_main_process:
         evolve.open_run(s, out, FREE, look=s.dry_run)
     if s.dry_run:
+        accelerator.print("A dry run: no model was asked, nothing was written.")
         return None
     accelerator.wait_for_everyone()  # until the folder is there
     if s.gradient_checkpointing:
         editor.model.activation_checkpointing_enable()
 
-    splits = evolve.split_problems(task.problems(train[0]), training_splits(s, s.seed))
-    checks = evolve.check_models(
-        task, splits["pool"], solver, editor, s, s.gradient_checkpointing
-    )
+    splits = evolve.split_problems(task.problems(train[0]), training_settings(s, s.seed))
+    checks = evolve.check_models(task, splits["pool"], solver, editor, s, s.gradient_checkpointing)
     accelerator.print(evolve.check_text(checks), flush=True)
 
     # 1. Start states, and 2. reinforcement learning on them.
@@ -688,7 +831,7 @@ def main(s: Config) -> dict | None:
     # 3. Before and after, on domains that training never saw.
     base = evolve.twin(solver)  # in both roles, unless the solver is another model
     if s.solver:
-        base = evolve.load_model(name, s.max_batch_tokens)
+        base = evolve.load_model(name, s.max_batch_tokens, s.dtype)
         base.share = editor.share
     untrained, trees_before = evaluate(task, solver, base, s, "3. untrained editor", accelerator)
     trained, trees = evaluate(task, solver, editor, s, "3. trained editor", accelerator)
@@ -696,6 +839,7 @@ def main(s: Config) -> dict | None:
     results: dict[str, Any] = {
         "untrained": untrained,
         "trained": trained,
+        "gain": paired_gain(untrained["scores"], trained["scores"]),
         "reward_noise": progress.noise,
         "config": asdict(s),
         "skipped_steps": sum(line["skipped"] for line in progress.lines),

@@ -168,7 +168,8 @@ def test_grades_say_what_was_wrong():
 
     assert grade("<answer>B</answer>") == data.Grade(True, "B", "")
     missing = data.Grade(False, "", "There is no closed pair of <answer> tags.", readable=False)
-    assert grade("B") == missing == grade("<answer>B")
+    assert grade("The letter is B") == missing == grade("<answer>B")
+    assert grade("B") == data.Grade(True, "B", lenient=True)
     unclear = "The tags must hold the letter of one option and nothing else."
     assert grade("<answer>A or B</answer>") == data.Grade(False, "A or B", unclear, readable=False)
     assert grade("<answer>d</answer>") == data.Grade(False, "D", "D is 'Oslo'; the right option, B, is 'Paris'.")

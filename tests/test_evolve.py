@@ -357,6 +357,76 @@ def test_ucb_steps_back_from_a_bad_edit_and_a_chain_does_not() -> None:
     assert [node.parent for node in grow(editor_of(15, 0, 0, 0), search="chain")[0].nodes] == [None, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("method, editor", [
+    ("lse", lambda: editor_of(5, 20)), ("gepa", lambda: editor_of(5, 20)),
+    ("textgrad", lambda: Scribe(lambda _: "<IMPROVED_VARIABLE>Answer with skill 20.</IMPROVED_VARIABLE>")),
+    ("reflexion", lambda: Scribe(lambda _: "<lesson>Answer with skill 20.</lesson>"))])
+def test_a_solved_tree_stops_growing_with_every_method(method: str, editor) -> None:
+    """Nothing can beat an instruction under which the whole holdout is right. No model is asked again."""
+    writer = editor()
+    tree, solver = grow(writer, method=method)
+    assert tree.best() is tree.nodes[-1] and tree.best().score == 1 and tree.rounds == len(tree.nodes) - 1 < 4
+    asked = solver.usage.answers, writer.usage.answers
+    evolve.evolve_all(Toy(a=20), {"a": tree}, solver, writer, settings(rounds=40), method=method)
+    assert (solver.usage.answers, writer.usage.answers) == asked and tree.rounds < 4
+
+
+def test_the_other_trees_go_on_and_a_comparison_never_stops() -> None:
+    """A solved tree is left out of the batches; with `stop` false, as in a comparison, it takes every round."""
+    task, s = Toy(a=20, b=20), settings(rounds=3)
+
+    def write(text: str) -> str:
+        return f"<prompt>Answer with skill {20 if 'of a?' in text else 5}.</prompt>"
+
+    for stop, sizes in ((True, [2, 4]), (False, [4, 4])):
+        solver, editor = Scribe(skilled), Scribe(write)
+        trees = evolve.seed_trees(task, ["a", "b"], solver, s)
+        evolve.evolve_all(task, trees, solver, editor, s, stop=stop)
+        assert [len(tree.nodes) for tree in trees.values()] == sizes
+        assert editor.usage.answers == sum(sizes) - 2 and trees["a"].best().id == 1
+
+
+def test_one_wrong_sample_of_one_problem_is_not_solved() -> None:
+    assert evolve.solved(EvolutionTree("seed", 1.0, [1.0] * 50))
+    assert not evolve.solved(EvolutionTree("seed", fmean([1.0] * 49 + [7 / 8]), [1.0] * 49 + [7 / 8]))
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_restoring_leaves_solved_trees_behind_only_where_they_stop(tmp_path: Path, stop: bool) -> None:
+    """Killed while saving round 3: tree b was saved, c not yet, and a was solved in round 1."""
+    trees = {name: EvolutionTree("seed", 0.5, [0.5]) for name in "abc"}
+    for name, rounds in (("a", 1), ("b", 3), ("c", 2)):
+        for _ in range(rounds):
+            trees[name].add(trees[name].select(), "edit", 1.0 if name == "a" else 0.25, [0.25])
+    evolve.save_trees(tmp_path, trees)
+    restored = evolve.restore_trees(tmp_path, list("abc"), stop)
+    rounds = [1, 2, 2] if stop else [1, 1, 1]
+    assert [tree.rounds for tree in restored.values()] == rounds
+    assert [len(tree.nodes) - 1 for tree in restored.values()] == rounds
+    assert [sum(node.visits for node in tree.nodes) for tree in restored.values()] == rounds
+
+
+def test_who_gains_nothing_gets_the_seed_instructions_and_is_told(tmp_path: Path, capsys) -> None:
+    """Edits as good as the seed's instructions, and worse ones: the seed's are returned. Tree b is solved at once."""
+    task, s = Toy(a=20, b=20), Config(**asdict(settings(rounds=3)))
+
+    def write(text: str) -> str:
+        return f"<prompt>Answer with skill {20 if 'of b?' in text else 0}.</prompt>"
+
+    solver, editor = Scribe(skilled), Scribe(write)
+    trees = evolve.seed_trees(task, ["a", "b"], solver, s)
+    evolve.evolve_all(task, trees, solver, editor, s)
+    evolve.finish(task, trees, solver, editor, s, tmp_path, {})
+    said = capsys.readouterr().out
+    assert "Nothing beat the seed instructions in 1 of 2 domains, and there you get the seed instructions: a." in said
+    assert "1 of 2 trees stopped before round 3: a node answers its whole holdout right" in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["instructions"] == {"a": "Answer with skill 0.", "b": "Answer with skill 20."}
+    assert results["test"]["domains"]["a"] == [0.0, 0.0]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Nothing beat the seed instructions") == page.count("answers its whole holdout right") == 1
+
+
 def test_an_invalid_edit_costs_its_round_and_is_recorded() -> None:
     tree, solver = grow(editor_of(None, 5, None, None), search="chain")
     assert [node.score is None for node in tree.nodes] == [False, True, False, True, True]
@@ -379,11 +449,12 @@ def test_all_domains_grow_in_step_even_if_no_edit_of_a_round_is_valid() -> None:
 
 
 def test_gepa_scores_only_what_is_strictly_better_on_the_minibatch() -> None:
-    tree, solver = grow(editor_of(0, 20, 20, 0), method="gepa", search="chain")  # its search is pareto all the same
+    # its search is pareto all the same; under 19 the holdout is not all right, so that the tree goes on
+    tree, solver = grow(editor_of(0, 19, 19, 0), method="gepa", search="chain")
     root, same, better, no_better, worse = tree.nodes
     assert same.score is None and same.note == "no better on its minibatch than 0 of 3"
     assert same.instructions == "Answer with skill 0."
-    assert better.score == 1.0 and better.scores == [1.0] * 6 and better.parent == 0
+    assert better.score == holdout_score(19) == 5 / 6 and better.parent == 0
     assert no_better.parent == worse.parent == better.id  # the root is dominated now
     assert no_better.note == worse.note == "no better on its minibatch than 3 of 3"
     assert solver.usage.answers == 6 + 4 * (3 + 3) + 6
@@ -686,7 +757,7 @@ def test_a_solver_on_a_server_and_an_editor_here(checkpoints: Path, tmp_path: Pa
         evolve.main(Config(task="jsonl", data="own.jsonl", solver=server.url, editor=str(checkpoints / "wide")))
     assert "No GPU here: what you do not set is a rehearsal's" in capsys.readouterr().out
     results = json.loads(Path("runs/jsonl-evolve/results.json").read_text())
-    assert results["test"]["best"] == 1.0 and results["cost"]["editor"]["answers"] == 2
+    assert results["test"]["best"] == 1.0 and results["cost"]["editor"]["answers"] == 0  # nothing can be better
 
 
 def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -703,7 +774,7 @@ def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, ca
         for cell in row[2:5]:
             mean, error = map(float, cell.split(" ± "))
             assert 0 <= mean <= 1 and 0 <= error <= 1
-        assert int(row[5]) >= 4 + 8 + 4
+        assert int(row[5]) >= 4 + 8  # two domains: the seed on the holdout, two batches
     assert Path("run/report.html").read_text().count("<h2") == 8
     evolve.main(replace(s, test=0, seeds=1, out="paper"))
     assert all(" | – | – | " in row for row in Path("paper/compare.md").read_text().splitlines()[2:])
@@ -721,10 +792,10 @@ def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
     rows = (tmp_path / "compare.md").read_text().splitlines()[2:]
     nothing, everything = (f"| {x:.3f} ± 0.000 | {x:.3f} ± 0.000 | 0.000 ± 0.000" for x in (0, 1))
     methods = ["lse (chain)", "lse (best)", "lse (ucb)", "gepa (pareto)", "textgrad (chain)", "reflexion (chain)"]
-    once = 2 * (6 + 2 * 3 + 6)  # two domains: the seed's score, two batches, the seed's test
+    once = 2 * (6 + 2 * 3)  # two domains: the seed's score, two batches
     calls = {"gepa (pareto)": 2 * (3 + 6 + 3)}  # better at once, and then its gate: no better, so no score
     assert rows == [f"| untrained | {method} {nothing} | {once} |" for method in methods] + [
-        f"| trained | {method} {everything} | {once + 2 * 6 + calls.get(method, 2 * 2 * 6)} |" for method in methods]
+        f"| trained | {method} {everything} | {once + calls.get(method, 2 * 2 * 6)} |" for method in methods]
     assert seeds == [5, 6] * 12 and capsys.readouterr().out.splitlines()[2:-1] == rows
 
 
@@ -889,7 +960,8 @@ def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more:
         assert {level(tree.best().instructions) for tree in trees.values()} == {4}
     for part in ("holdout", "test"):
         r = results[part]
-        assert r["best"] - r["seed"] == pytest.approx(r["gain"]) and r["gain"] > 0.1 and r["stderr"] >= 0
+        assert r["best"] - r["seed"] == pytest.approx(r["gain"]) and r["stderr"] >= 0
+        assert r["gain"] > 0.1 or (more[1], part) == ("gepa", "test")  # one rule more may turn none of its 8 problems
         assert f"{r['seed']:.3f} -> {r['best']:.3f}, gain {r['gain']:+.3f} ± {r['stderr']:.3f} (paired" in output
         assert r["domains"]["zoo"][1] >= r["domains"]["zoo"][0]
     assert results["holdout"]["domains"]["zoo"] == [trees["zoo"].nodes[0].score, trees["zoo"].best().score]

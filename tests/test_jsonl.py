@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import Answer, Grade, Questions
+from data import Answer, Grade, Questions, extract_tag
 
 
 def task_of(folder: Path, *records: dict) -> Questions:
@@ -92,10 +92,67 @@ def test_only_the_last_closed_tags_count(tmp_path: Path):
     (problem,) = task.problems("own")
     assert task.grade(problem, "<answer>no</answer> wait <answer>yes</answer>") == Grade(True, "yes")
     missing = Grade(False, "", "There is no closed pair of <answer> tags.", readable=False)
-    assert task.grade(problem, "yes") == task.grade(problem, "<answer>yes") == task.grade(problem, "") == missing
+    assert task.grade(problem, "<answer>yes") == task.grade(problem, " \n") == missing
     number = task_of(tmp_path, {"answer": 3})
     grade = number.grade(number.problems("own")[0], "<answer>2 or 3</answer>")
     assert grade == Grade(False, "2 or 3", "The tags must hold one number, no other digit.", readable=False)
+
+
+CHOICE = {"answer": "B", "choices": ["a", "b"]}
+
+
+@pytest.mark.parametrize("record, response, correct, answer", [
+    ({"answer": "Paris"}, "\n Paris \nbecause it is.", True, "Paris"),
+    ({"answer": "Paris"}, "It is Paris", False, "It is Paris"),
+    ({"answer": "Paris", "grader": "contains"}, "It is Paris.\nNo, Rome.", True, "It is Paris."),
+    ({"answer": "Paris", "grader": "contains"}, "It is Rome.\nNo, Paris.", False, "It is Rome."),
+    ({"answer": 3}, "3 apples", True, "3 apples"), ({"answer": 3}, "4\n3", False, "4"),
+    (CHOICE, "B. Functional", True, "B"), (CHOICE, "(b) c", True, "B"), (CHOICE, "**A**: so", False, "A"),
+    (CHOICE, "B) it is.\nB. is right.", True, "B"),
+])  # fmt: skip
+def test_without_tags_the_first_line_is_read(tmp_path: Path, record: dict, response: str, correct: bool, answer: str):
+    """And it is said that it was read only so."""
+    task = task_of(tmp_path, record)
+    problem = task.problems("own")[0]
+    grade = task.grade(problem, response)
+    assert (grade.correct, grade.answer, grade.readable, grade.lenient) == (correct, answer, True, True)
+    tagged = task.grade(problem, f"{response}\n<answer>{answer}</answer>")
+    assert (tagged.correct, tagged.lenient) == (correct, False)  # what stands in tags goes before
+
+
+@pytest.mark.parametrize("record, response", [
+    ({"answer": "x"}, "<think> x is it"), ({"answer": "x"}, "<answer>x"), ({"answer": "x"}, "</answer>"),
+    ({"answer": 3}, "three"), (CHOICE, "A man"), (CHOICE, "C. none"), (CHOICE, "The answer is B."),
+    (CHOICE, "Both.\nB."), (CHOICE, "Both.\nB. of them"), (CHOICE, "B. is one\nA. is the other"),
+])  # fmt: skip
+def test_leniency_has_its_end(tmp_path: Path, record: dict, response: str):
+    task = task_of(tmp_path, record)
+    grade = task.grade(task.problems("own")[0], response)
+    assert not grade.correct and not grade.readable
+
+
+@pytest.mark.parametrize("record, said, right", [
+    ({"answer": "Paris"}, "Rome", "Paris"), ({"answer": 3}, "4", "3"),
+    ({"answer": "Paris", "grader": "contains"}, "Rome", "Paris"),
+])  # fmt: skip
+def test_a_wrong_text_is_told_what_was_said_and_what_is_right(tmp_path: Path, record: dict, said: str, right: str):
+    task = task_of(tmp_path, record)
+    problem = task.problems("own")[0]
+    assert task.grade(problem, f"<answer>{said}</answer>").feedback == f"The answer was {said!r}; right is {right!r}."
+    assert task.grade(problem, f"<answer>{right}</answer>").feedback == ""
+
+
+def test_the_form_is_shown_filled_and_copying_it_wins_nothing(tmp_path: Path):
+    """A small model copies what stands between the tags of its prompt."""
+    lines = [{"answer": "x"}, {"answer": 1}, {"answer": "x", "grader": "contains"}]
+    lines += [{"answer": letter, "choices": ["one", "two", "three", "four"]} for letter in "ABCD"]
+    task = task_of(tmp_path, *lines)
+    for problem in task.problems("own"):
+        (message,) = task.solve_chat("MY RULES", problem)
+        copied = extract_tag(message["content"], "answer")
+        assert copied and not task.grade(problem, message["content"]).correct
+    (message,) = task.edit_chat("OLD RULES", [])
+    assert len(extract_tag(message["content"], "prompt")) > 40
 
 
 @pytest.mark.parametrize("record, said, readable", [

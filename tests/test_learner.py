@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_sampling import EOS, tiny_model, tiny_tokenizer, user
 from torch import tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lse import (
@@ -488,6 +489,99 @@ def test_four_steps_equal_two_and_save_and_load_and_two(dtype, tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     steps(second, resumed, range(2, 4))
     assert all(map(torch.equal, whole.parameters(), second.parameters()))
+
+
+class LateStream:
+    """A stream of a GPU at its slowest: a copy begun in it is made when somebody waits for it, and not before."""
+
+    def __init__(self):
+        self.begun = []  # (to, from)
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, other):
+        assert other is None
+
+    def run(self, end):
+        self.begun, now = self.begun[end:], self.begun[:end]
+        for to, source in now:
+            to.copy_(source)
+
+    def synchronize(self):
+        self.run(len(self.begun))
+
+
+class LateEvent:
+    def record(self, stream):
+        self.stream, self.last = stream, stream.begun[-1]
+
+    def synchronize(self):
+        places = [i for i, copy in enumerate(self.stream.begun) if copy is self.last]
+        if places:
+            self.stream.run(places[0] + 1)
+
+
+class Queueing(TorchDispatchMode):
+    """Inside, a copy is only noted down in the stream."""
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream = stream
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.copy_.default:
+            return func(*args, **(kwargs or {}))
+        assert args[2] is True  # non-blocking
+        self.stream.begun.append(args[:2])
+        return args[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_that_copies_at_the_last_moment_changes_nothing(dtype, monkeypatch):
+    """The order of copies, steps and waits is right without a GPU's speed: its stream as late as it can be."""
+
+    def run(late):
+        model = tiny_model().to(dtype)
+        model.model.norm.float()  # one that is its own master
+        unused = model.model.layers[1].mlp.up_proj.weight
+        optimizer = MasterAdamW(model, lr=1e-3)
+        stream = LateStream()
+        if late:
+            monkeypatch.setattr(torch.cuda, "stream", lambda stream: Queueing(stream))
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+            optimizer.stream = stream
+            for passage in optimizer.passages:
+                passage.stream, passage.event = stream, LateEvent()
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            if step == 1:
+                unused.grad = None
+            optimizer.step()
+            assert not stream.begun  # all has arrived
+        return [*model.parameters(), *optimizer.masters, *(s["exp_avg_sq"] for s in optimizer.adamw.state.values())]
+
+    assert all(map(torch.equal, run(late=False), run(late=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_host_memory_is_said_before_it_is_taken(dtype):
+    """Masters, moments and the two passages, counted in the tensors that there are after a step."""
+    model = tiny_model().to(dtype)
+    said = MasterAdamW.host_bytes(model)
+    optimizer = MasterAdamW(model, lr=1e-3)
+    one_backward(model)
+    optimizer.step()
+    taken = [passage.room for passage in optimizer.passages]
+    for state in optimizer.adamw.state.values():
+        taken += [state["exp_avg"], state["exp_avg_sq"]]
+    if dtype == torch.bfloat16:
+        taken += optimizer.masters
+    size = sum(tensor.numel() * tensor.element_size() for tensor in taken)
+    rounded_up = 2 * 4 * optimizer.passages[0].room.numel()  # of pinned memory, at most
+    assert size <= said <= size + rounded_up
+    model.requires_grad_(False)
+    assert MasterAdamW.host_bytes(model) == 0
 
 
 def test_frozen_parameters_stay():

@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import LETTERS, Problem, Questions, choice_letter, extract_tag, gold_letter, read_letter, read_number
+from data import (
+    LETTERS,
+    Problem,
+    Questions,
+    choice_letter,
+    extract_tag,
+    gold_letter,
+    read_letter,
+    read_number,
+    untagged_answer,
+)
 
 settings.register_profile("here", deadline=None, max_examples=60)
 settings.load_profile("here")
@@ -144,10 +155,16 @@ def test_gold_letters_never_raise(value: object):
 def test_grading_never_raises_and_is_right_only_for_the_gold_answer(text: str):
     problem = Problem("1", "Q?", "B", choices=("w", "x", "y", "z"))
     grade = Questions.grade(None, problem, text)
-    assert grade.correct == (read_letter(extract_tag(text, "answer") or "", 4) == "B")
+    tagged = extract_tag(text, "answer")
     assert grade.correct or grade.feedback and "\n" not in grade.feedback
-    assert grade.readable == (read_letter(extract_tag(text, "answer") or "", 4) is not None)
-    said = extract_tag(text, "answer") or ""
+    if tagged is None:
+        assert grade.lenient == grade.readable and grade.lenient == (untagged_answer(problem, text) is not None)
+    else:
+        assert not grade.lenient and grade.correct == (read_letter(tagged, 4) == "B")
+        assert grade.readable == (read_letter(tagged, 4) is not None)
+    said = tagged
+    if tagged is None:
+        said = untagged_answer(replace(problem, grader="exact"), text) or ""
     for kind, gold, right in (("exact", "B", said == "B"), ("contains", "B", "b" in said.lower()),
                               ("number", "12", read_number(said) == 12)):  # fmt: skip
         assert Questions.grade(None, Problem("1", "Q?", gold, grader=kind), text).correct == right

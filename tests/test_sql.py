@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import data
-from data import Answer, Bird, edit_messages, execution_match, extract_sql, match_many, shorten
+from data import Answer, Bird, edit_messages, execution_match, extract_sql, match_many, shorten, untagged_sql
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -360,6 +360,37 @@ def test_feedback_is_short_for_wide_and_long_values(db):
 )
 def test_extract_sql(response, sql):
     assert extract_sql(response) == sql
+
+
+@pytest.mark.parametrize(
+    ("response", "sql"),
+    [
+        ("So:\n```\nSELECT 1\n```\nThat is it.", "SELECT 1"),
+        ("```\nsql\nSELECT 1\n```", "SELECT 1"),
+        ("```\nSELECT 0\n```\nor\n```\nSELECT 1\n```", "SELECT 1"),
+        ("sql\nSELECT 1", "SELECT 1"),
+        (" SQL \nSELECT 1\nFROM a", "SELECT 1\nFROM a"),
+        ("SELECT 1", None),
+        ("```\nSELECT 1", None),
+        ("sql is a language", None),
+        ("", None),
+    ],
+)
+def test_untagged_sql(response, sql):
+    """Read only where there are no tags and no ```sql block, and then it is counted as lenient."""
+    assert untagged_sql(response) == sql and extract_sql(response) is None
+
+
+def test_bird_reads_leniently_judges_strictly_and_says_so(tmp_path):
+    task = Bird(make_bird(tmp_path))
+    problem = task.problems("a")[1]  # the gold is SELECT 1
+    strict, loose = task.grade(problem, "<answer>SELECT 1</answer>"), task.grade(problem, "```\nSELECT 1\n```")
+    assert (strict.correct, strict.lenient) == (True, False) and (loose.correct, loose.lenient) == (True, True)
+    wrong = task.grade(problem, "sql\nSELECT oops")
+    assert (wrong.correct, wrong.lenient, wrong.readable) == (False, True, True) and "no such column" in wrong.feedback
+    assert task.grade(problem, "<answer>sql\nSELECT 1</answer>") == strict
+    nothing = task.grade(problem, "I do not know.")
+    assert (nothing.correct, nothing.lenient, nothing.readable) == (False, False, False)
 
 
 # -- many verdicts, worker processes ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -26,7 +27,7 @@ import data
 import evolve
 import train
 from lse import EvolutionTree, LocalModel, MasterAdamW, Sample, logprobs
-from train import Rollout, StartState
+from train import EditGroup, StartState
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Accelerator(cpu=True)  # one process
@@ -252,16 +253,16 @@ def test_states_with_more_to_gain_are_drawn_more_often():
     """In proportion to potential + 0.1: of 2,000 draws from (0, 0.1, 0.7), shares of 0.1, 0.2 and 0.7 (s.d. 0.01)."""
     pool = [StartState("d", "", 0.0, 0, potential) for potential in (0.0, 0.1, 0.7)]
     s = evolve.with_presets(train.Config(states=2000))
-    drawn = [rollout.state.potential for rollout in train.draw_rollouts(Columns(), pool, s, step=0)]
+    drawn = [rollout.state.potential for rollout in train.draw_states(Columns(), pool, s, step=0)]
     shares = [drawn.count(state.potential) / 2000 for state in pool]
     assert shares == pytest.approx([0.1, 0.2, 0.7], abs=0.05)
 
 
 def test_a_state_drawn_twice_sees_other_problems_the_second_time():
     s = evolve.with_presets(train.Config(states=2, k=8))
-    first, second = train.draw_rollouts(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
+    first, second = train.draw_states(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
     assert first.state is second.state and first.problems != second.problems and first.holdout == second.holdout
-    again, _ = train.draw_rollouts(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
+    again, _ = train.draw_states(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
     assert again.problems == first.problems
 
 
@@ -293,18 +294,18 @@ class Numbers(Columns):
 
 def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
     """The reward tells the state and the edit, so a transposed or sorted batch shows; invalid edits shift nothing."""
-    s = evolve.with_presets(train.Config(group=3, steps=1))
+    s = evolve.with_presets(train.Config(group=3, steps=1, invalid_reward=-0.25))
     seen = {}
 
-    def capture(kind, after, before, valid):
-        seen.update(after=after, before=before, valid=valid)
-        return ADVANTAGES(kind, after, before, valid)
+    def capture(kind, after, before, valid, invalid_reward):
+        seen.update(after=after, before=before, valid=valid, invalid_reward=invalid_reward)
+        return ADVANTAGES(kind, after, before, valid, invalid_reward)
 
     monkeypatch.setattr(train, "advantages", capture)
     order = (2, 0, 3, 1)
     states = [StartState("d", f"state {i}", i / 8, 0, 0.0) for i in order]
-    monkeypatch.setattr(train, "draw_rollouts", lambda task, pool, s, step: [
-        Rollout(state, [], task.problems("d")[8:]) for state in pool])
+    monkeypatch.setattr(train, "draw_states", lambda task, pool, s, step: [
+        EditGroup(state, [], task.problems("d")[8:]) for state in pool])
     editor = Scribe()
     editor.model = torch.nn.Linear(1, 1)
     optimizer = MasterAdamW(editor.model, lr=1.0)
@@ -320,6 +321,16 @@ def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
             assert seen["after"][row, j].item() == pytest.approx(worth, nan_ok=True)
             assert rollouts[row].after[j] == pytest.approx(worth, nan_ok=True)
     assert line["valid"] == pytest.approx(9 / 12) and line["tokens"] == 24
+    # The penalty of an invalid edit is the setting's, in the advantages and in the log.
+    assert seen["invalid_reward"] == -0.25
+    deltas = [(2 * i + j) / 8 - i / 8 for i in order for j in range(3) if i + j != 3]
+    assert line["reward"] == pytest.approx((sum(deltas) - 3 * 0.25) / 12)
+
+
+def test_a_penalty_that_would_be_a_reward_is_refused():
+    assert evolve.with_presets(train.Config(invalid_reward=0.0)).invalid_reward == 0
+    with pytest.raises(ValueError, match="--invalid-reward cannot be 0.5"):
+        evolve.with_presets(train.Config(invalid_reward=0.5))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
@@ -417,6 +428,8 @@ def no_calls(monkeypatch):
 def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeypatch, tmp_path, capsys):
     """Its plan is what the run then does, to the last answer, when every edit is valid."""
     monkeypatch.setattr(data.Mini, "read_edit", lambda self, text: text or "-")
+    # at most: where the seed instructions stay the best, the test asks once instead of twice
+    monkeypatch.setattr(EvolutionTree, "best", lambda tree: tree.scored()[-1])
     real, counts = LocalModel.sample, []
     monkeypatch.setattr(LocalModel, "sample", lambda *_, **__: pytest.fail("a model was called"))
     assert small(tmp_path / "run", dry_run=True) is None and not (tmp_path / "run").exists()
@@ -438,6 +451,7 @@ def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeyp
     (dict(states=3, processes=2), "--states 3 cannot be shared by 2 processes"),
     (dict(editor_tokens=1900, solver_tokens=200), "reads 2048 tokens"),
     (dict(free=100), "may grow by .* MB, and its disk has 0 left"), (dict(nan=True), "not finite"),
+    (dict(memory=100), "takes up to .* MB of this machine's memory, besides the GPU's, and 0 MB are left"),
     (dict(model="/no/where"), "No model can be loaded from /no/where"),
     (dict(task="bird"), "needs --data"), (dict(task="mmlu", data="/no/where"), "/no/where does not exist"),
     (dict(task="jsonl", data=__file__, model=""), "needs --model"), (dict(task="chess"), "No task 'chess'"),
@@ -452,6 +466,8 @@ def test_what_cannot_work_fails_at_once(small, monkeypatch, no_calls, base, tmp_
         return
     if free := settings.pop("free", None):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, free))
+    if memory := settings.pop("memory", None):
+        monkeypatch.setattr(train, "memory_free", lambda: memory)
     if settings.pop("nan", None):
         model = evolve.load_model(base)
         model.model.model.norm.weight.data[0] = math.inf
@@ -463,6 +479,27 @@ def test_what_cannot_work_fails_at_once(small, monkeypatch, no_calls, base, tmp_
     with pytest.raises((SystemExit, ValueError, OSError), match=f"(?s){sentence}"):  # __main__ makes one of all three
         small(out, **settings)
     assert not out.exists()
+
+
+def test_the_plan_says_what_host_memory_the_optimizer_takes(base, monkeypatch):
+    """8 bytes per weight in float32, on a resume or not; masters, moments and two passages for weights in 16 bits."""
+    model = evolve.load_model(base).model
+    weights = model.num_parameters()
+    assert train.memory_line(model, True).startswith(f"host memory: up to {8 * weights / 1e6:.1f} MB")
+    model.bfloat16()
+    sizes = [float(train.memory_line(model, resume).split()[4]) for resume in (False, True)]
+    assert sizes == pytest.approx([MasterAdamW.host_bytes(model) / 1e6, sizes[0] + 4e-6 * weights], abs=0.1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert float(train.memory_line(model, False).split()[4]) == pytest.approx(8 * sizes[0], abs=1)
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch):
+    there = {"memory.max": "9000000000\n", "memory.stat": "anon 4000000000\nfile 5000000000\n"}
+    monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**10))
+    monkeypatch.setattr(Path, "read_text", lambda path: there[path.name])
+    assert train.memory_free() == 5 * 10**9
+    there["memory.max"] = "max\n"
+    assert train.memory_free() == 10**10
 
 
 def test_too_few_problems_is_an_error_with_the_numbers_or_left_out(small, no_calls, tmp_path, capsys):

@@ -12,21 +12,21 @@ from lse import EvolutionTree, Node
 
 
 def naive_ucb(tree):
-    """Straight from Algorithm 1, as a loop; ties go to the newest, so `>=`."""
+    """Straight from Algorithm 1, as a loop; ties go to the oldest, so `>`."""
     winner, top = None, -math.inf
     for node in tree.nodes:
         if node.score is None:
             continue
         n, v = (tree.rounds or 1), (node.visits if node.visits > 0 else 1)
         value = node.score + tree.c * (math.log(n) / v) ** 0.5
-        if value >= top:
+        if value > top:
             winner, top = node, value
     return winner
 
 
 def naive_best(tree):
     ordered = sorted((n for n in tree.nodes if n.score is not None), key=lambda n: n.id)
-    return [n for n in ordered if n.score == max(m.score for m in ordered)][-1]
+    return [n for n in ordered if n.score == max(m.score for m in ordered)][0]
 
 
 def naive_chain(tree):
@@ -103,13 +103,18 @@ def test_unvisited_counts_as_visited_once():
     tree = EvolutionTree("seed", 0.5)
     tree.add(0, "a", 0.5)
     tree.nodes[0].visits, tree.rounds = 1, 9
-    assert tree.select("ucb").id == 1  # equal values: the newest
+    assert tree.select("ucb").id == 0  # equal values, not an infinite bonus: the oldest
 
 
-def test_ties_go_to_the_newest_node():
+def test_ties_go_to_the_oldest_node_except_in_a_chain():
     tree = EvolutionTree("seed", 0.5, [0.5])
     tree.add(0, "a", 0.5, [0.5])
-    assert tree.best().id == tree.select("best").id == tree.select("ucb").id == tree.select("chain").id == 1
+    tree.add(0, "b", 0.5, [0.5])
+    assert tree.best().id == tree.select("best").id == tree.select("ucb").id == 0
+    assert tree.select("chain").id == 2
+    tree.add(2, "c", 0.75, [0.75])
+    tree.add(3, "d", 0.75, [0.75])
+    assert tree.best().id == tree.select("best").id == 3 and tree.select("chain").id == 4
 
 
 def test_invalid_edits_are_recorded_and_never_chosen():
