@@ -701,6 +701,7 @@ def grow_and_test(
     trees = restore_trees(own_folder, domains, stop=False)
     if not trees:
         trees = seed_trees(task, domains, solver, s)
+        seed_outcome(solver, trees, s)  # stops where none of the answers can be used
     save = partial(save_trees, own_folder)
     bar = f"{name}, seed {s.seed}"
     evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar, stop=False)
@@ -1412,8 +1413,7 @@ def restore_trees(
 
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
-    remote = "://" in s.solver and "://" in s.editor
-    s = with_presets(s, remote)
+    s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
     task = load_task(s.task, s.data or None)
     out = Path(s.out or f"{run_folder(s.task)}-evolve")
     domains = pick_domains(task, s.domains)
@@ -1439,12 +1439,12 @@ def main(s: Config) -> None:
 
     def save(trees: dict[str, EvolutionTree]) -> None:
         save_trees(out / "trees", trees)
-        edit_outcome(editor, s, remote)
+        edit_outcome(editor, s)
 
     if not trees:
         started = time.time()
         trees = seed_trees(task, domains, solver, s)
-        print(seed_outcome(solver, trees, s, remote), flush=True)
+        print(seed_outcome(solver, trees, s), flush=True)
         save(trees)  # from here on, a kill costs a round at most
         left = count_calls(len(trees), s)[0] - solver.usage.answers
         print(pace_text(solver, time.time() - started, left), flush=True)
@@ -1582,7 +1582,7 @@ def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
     return ""
 
 
-def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings, remote: bool = False) -> str:
+def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings) -> str:
     """How the answers under the seed instructions turned out, and what helps if most are lost.
 
     SystemExit if not one can be used: the run would go on for hours and learn nothing.
@@ -1596,26 +1596,28 @@ def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings, remote: b
     if all(tree.nodes[0].score == 0 for tree in trees.values()):
         # not every grader says that it could read nothing
         lost = max(lost, counted["failed"] + counted["cut"])
-    stop_if_lost("solver", lost, counted, s, remote)
+    stop_if_lost("solver", solver, lost, s)
     return f"{text} {remedy('solver', counted, s)}".strip()
 
 
-def edit_outcome(editor, s: Settings, remote: bool = False) -> str:
+def edit_outcome(editor, s: Settings) -> str:
     """What helps if most edits are lost, "" if they are not. SystemExit if not one can be used, of ten or more."""
     counted = cost(editor.usage)
     if counted["answers"] >= 10:
-        stop_if_lost("editor", counted["failed"] + counted["unreadable"], counted, s, remote)
+        stop_if_lost("editor", editor, counted["failed"] + counted["unreadable"], s)
     return remedy("editor", counted, s)
 
 
-def stop_if_lost(role: str, lost: int, counted: dict[str, int], s: Settings, remote: bool) -> None:
+def stop_if_lost(role: str, model, lost: int, s: Settings) -> None:
     """SystemExit, with what helps, if all that a model has been asked for is lost. A rehearsal goes on."""
+    counted = cost(model.usage)
+    remote = not isinstance(model, LocalModel)
     if 0 < counted["answers"] <= lost and not is_rehearsal(s, remote):
-        raise SystemExit(
+        text = (
             "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, {cut:,} cut off, "
-            "{unreadable:,} with nothing to read), so the run stops here. ".format(role=role, **counted)
-            + remedy(role, counted, s)
-        )
+            "{unreadable:,} with nothing to read), so the run stops here."
+        ).format(role=role, **counted)
+        raise SystemExit(f"{text} {remedy(role, counted, s)}")
 
 
 def total(usages: list[Usage]) -> Usage:
