@@ -111,9 +111,9 @@ def evolve_all(
     """Grow the trees of all domains {domain: tree} to `s.rounds` rounds each (Algorithm 1), and return them.
 
     All trees grow in step, so that each model call is one large batch. A round adds one node to each tree, or --edits
-    of them: so an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is solved stops,
-    unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress bar, "" shows
-    none. ValueError: method or search does not exist.
+    of them: so an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is
+    solved stops, unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress
+    bar, "" shows none. ValueError: method or search does not exist.
     """
     rule = search_rule(task, method, search)
     propose, accept = METHODS[method].propose, METHODS[method].accept
@@ -532,7 +532,7 @@ def search_rule(task, method: str, search: str = "ucb") -> str:
 def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, float] | None:
     """Mean holdout scores of the seed instructions and of perfect ones: what edits can reach lies between them.
 
-    None where the task knows no perfect instructions.
+    None where the task knows no perfect instructions. These answers do not count as the run's.
     """
     perfect = getattr(task, "perfect_instructions", None)
     if perfect is None:
@@ -543,7 +543,7 @@ def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, floa
         holdout = split_problems(task.problems(domain), s)["holdout"]
         jobs.append((task.seed_instructions, holdout))
         jobs.append((perfect(domain), holdout))
-    scores = [fmean(shares) for shares in score_all(task, solver, jobs, s)]
+    scores = [fmean(shares) for shares in score_all(task, twin(solver), jobs, s)]
     return fmean(scores[0::2]), fmean(scores[1::2])
 
 
@@ -1439,7 +1439,7 @@ def main(s: Config) -> None:
 
     def save(trees: dict[str, EvolutionTree]) -> None:
         save_trees(out / "trees", trees)
-        edit_outcome(editor, s)
+        edit_outcome(editor, trees, s)
 
     if not trees:
         started = time.time()
@@ -1597,27 +1597,46 @@ def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings) -> str:
         # not every grader says that it could read nothing
         lost = max(lost, counted["failed"] + counted["cut"])
     stop_if_lost("solver", solver, lost, s)
+    if counted["read leniently"]:
+        lenient = counted["read leniently"]
+        text += f" Of the rest {lenient:,} lack the form that was asked for, and were read."
     return f"{text} {remedy('solver', counted, s)}".strip()
 
 
-def edit_outcome(editor, s: Settings) -> str:
-    """What helps if most edits are lost, "" if they are not. SystemExit if not one can be used, of ten or more."""
+def edit_outcome(editor, trees: dict[str, EvolutionTree], s: Settings) -> str:
+    """What helps if most edits are lost, and one of them; "" if they are not.
+
+    SystemExit, with the same, if not one can be used, of ten or more.
+    """
     counted = cost(editor.usage)
+    example = rejected_edit(trees)
     if counted["answers"] >= 10:
-        stop_if_lost("editor", editor, counted["failed"] + counted["unreadable"], s)
-    return remedy("editor", counted, s)
+        lost = counted["failed"] + counted["unreadable"]
+        stop_if_lost("editor", editor, lost, s, example)
+    advice = remedy("editor", counted, s)
+    return advice + example if advice else ""
 
 
-def stop_if_lost(role: str, model, lost: int, s: Settings) -> None:
+def rejected_edit(trees: dict[str, EvolutionTree]) -> str:
+    """The newest rejected edit, shortened, and why; "" if there is none. Numbers do not show what a model writes."""
+    for domain, tree in trees.items():
+        for node in reversed(tree.nodes):
+            if node.score is None:
+                text = shorten(" ".join(printable(node.instructions).split()), 300)
+                return f"\nAn edit for {printable(domain)} ({printable(node.note)}): {text}"
+    return ""
+
+
+def stop_if_lost(role: str, model, lost: int, s: Settings, example: str = "") -> None:
     """SystemExit, with what helps, if all that a model has been asked for is lost. A rehearsal goes on."""
     counted = cost(model.usage)
     remote = not isinstance(model, LocalModel)
     if 0 < counted["answers"] <= lost and not is_rehearsal(s, remote):
         text = (
-            "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, {cut:,} cut off, "
-            "{unreadable:,} with nothing to read), so the run stops here."
+            "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, "
+            "{cut:,} cut off, {unreadable:,} with nothing to read), so the run stops here."
         ).format(role=role, **counted)
-        raise SystemExit(f"{text} {remedy(role, counted, s)}")
+        raise SystemExit(f"{text} {remedy(role, counted, s)}{example}")
 
 
 def total(usages: list[Usage]) -> Usage:

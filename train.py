@@ -257,10 +257,8 @@ def reinforce(
         progress = load_checkpoint(out, s, optimizer, accelerator) or progress
     done = len(progress.lines)
     main_process = accelerator.is_main_process
-    saved, saving = (
-        time.time(),
-        0.0,
-    )  # when the last checkpoint was written, and the seconds that it took
+    saved = time.time()  # the last checkpoint, and the seconds that it took
+    saving = 0.0
     bar = {"desc": "2. RL", "unit": "step", "disable": not main_process}
     for step in tqdm(range(done, s.steps), total=s.steps, initial=done, **bar):
         if step == 0:
@@ -423,7 +421,7 @@ def grow_states(
         accelerator.print(evolve.pace_text(solver, time.time() - started, left), flush=True)
     bar = "1. growing trees" if accelerator.is_main_process else ""
     evolve.evolve_all(task, trees, solver, editor, own, s.search, progress=bar)
-    advice = evolve.edit_outcome(editor, s)
+    advice = evolve.edit_outcome(editor, trees, s)
     if step == 0 and advice:
         accelerator.print(advice, flush=True)
     states = []

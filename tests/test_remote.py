@@ -500,7 +500,7 @@ def test_answers_and_tokens_are_counted() -> None:
     with serve(first_fault(filtered, Fault())) as server:
         model = remote(server.url, concurrency=1)
         model.sample([ask("a"), ask("b")], n=4)
-        assert vars(model.usage) == {"answers": 8, "failed": 1, "cut": 0, "unreadable": 0,
+        assert vars(model.usage) == {"answers": 8, "failed": 1, "cut": 0, "unreadable": 0, "lenient": 0,
                                      "tokens_read": 100 + 7 * 3, "tokens_written": 1 + 7 * 2}
         model.sample([ask("a"), ask("b")], max_new_tokens=1)
     assert (model.usage.answers, model.usage.failed, model.usage.cut) == (10, 1, 2)

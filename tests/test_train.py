@@ -413,6 +413,115 @@ def test_three_skipped_steps_in_a_row_stop_with_advice(small, monkeypatch, tmp_p
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a run says of itself, and when it stops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_headroom_a_run_stops_before_it_starts(small, monkeypatch, tmp_path, capsys):
+    """Where nothing is ever right, perfect instructions are worth nothing; where they are not, the run goes on."""
+    small_world(monkeypatch.setattr)
+    monkeypatch.setattr(data.Mini, "perfect_instructions", lambda self, domain: "perfect")
+    monkeypatch.setattr(data.Mini, "grade", lambda self, problem, text: data.Grade(False, text))
+    with pytest.raises(SystemExit, match="There is no headroom: .* --solver"):
+        small(tmp_path / "none", steps=2)
+    assert "the seed instructions score 0.000, perfect instructions 0.000" in capsys.readouterr().out
+    assert not (tmp_path / "none/log.jsonl").exists()
+
+    monkeypatch.setattr(evolve, "headroom", lambda *args: (0.0, 0.5))
+    small(tmp_path / "some", steps=1, grow_every=0)
+    assert (tmp_path / "some/log.jsonl").exists()
+
+
+def lines_of(valid: float, spread: float, cut: int = 0) -> list[dict]:
+    return [{"valid": valid, "spread": spread, "cut": cut} for _ in range(train.EARLY)]
+
+
+@pytest.mark.parametrize("lines, settings, sentences", [
+    (lines_of(0.0, 0.0), {}, ["no edit of the first 3 steps could be used (no tags)", "<a sample>", "larger --model"]),
+    (lines_of(0.0, 0.0, cut=8), {}, ["most edits were cut off", "--editor-tokens than 6"]),
+    (lines_of(1.0, 0.0), {}, ["no edit was better than another", "score 0.250 to 0.250", "--holdout"]),
+    (lines_of(1.0, 0.0), dict(group=1, advantage="grpo"), ["--group 2 or more"]),
+    (lines_of(1.0, 0.1), {}, []), (lines_of(0.5, 0.1), {}, []), (lines_of(0.0, 0.0)[1:], {}, []),
+    (lines_of(0.0, 0.0) + lines_of(0.0, 0.0), {}, []),  # it has been let through before
+    (lines_of(0.0, 0.0), dict(steps=3), []), (lines_of(0.0, 0.0), dict(states=1, group=1), []),
+])  # fmt: skip
+def test_a_run_that_cannot_learn_stops_with_a_sample_and_a_flag(lines, settings, sentences):
+    s = evolve.with_presets(train.Config(**SETTINGS | dict(steps=9) | settings))
+    edit = evolve.Edit("<a sample>", None, "no tags")
+    rollout = train.EditGroup(StartState("d", "", 0.0, 0, 1.0), [], [], edits=[edit], after=[0.25, math.nan])
+    if not sentences:
+        return train.check_learning(lines, [rollout], s)
+    with pytest.raises(SystemExit) as stop:
+        train.check_learning(lines, [rollout], s)
+    for sentence in ["This run cannot learn", "An edit for d: <a sample>", *sentences]:
+        assert sentence in str(stop.value)
+
+
+def test_training_notices_that_all_edits_are_worth_the_same(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(data.Mini, "grade", lambda self, problem, text: data.Grade(False, text))
+    monkeypatch.setattr(data.Mini, "read_edit", lambda self, text: text or "-")
+    with pytest.raises(SystemExit, match="no edit was better than another; the last ones score 0.000 to 0.000"):
+        small(tmp_path / "run", steps=9)
+    assert [line["spread"] for line in log_lines(tmp_path / "run")] == [0, 0, 0]
+
+
+def test_a_rejected_edit_is_shown_where_all_are_lost():
+    trees = {"a": EvolutionTree("seed", 0.5), "b": EvolutionTree("seed", 0.5)}
+    trees["b"].add(0, "no  tags\nat all", None, note="nothing usable")
+    assert evolve.rejected_edit(trees) == "\nAn edit for b (nothing usable): no tags at all"
+    assert evolve.rejected_edit({"a": trees["a"]}) == ""
+    editor = LocalModel.__new__(LocalModel)
+    editor.usage = evolve.Usage(answers=10, unreadable=10)
+    s = evolve.with_presets(evolve.Settings())
+    with pytest.raises(SystemExit, match="(?s)Not one of the editor's 10 .*try another model.*An edit for b .*no tags"):
+        evolve.edit_outcome(editor, trees, s)
+    editor.usage.unreadable = 6
+    assert "An edit for b" in evolve.edit_outcome(editor, trees, s)
+    editor.usage.unreadable = 1
+    assert evolve.edit_outcome(editor, trees, s) == ""
+
+
+@pytest.mark.parametrize("step, every, since, saving, due", [
+    (0, 0, 1.0, 0.0, True),  # the first one shows what it costs
+    (5, 0, 19.0, 1.0, False), (5, 0, 21.0, 1.0, True), (9, 0, 0.0, 1.0, True),  # the last one
+    (1, 3, 99.0, 0.0, False), (2, 3, 0.0, 9.0, True), (9, 3, 0.0, 9.0, True),
+])  # fmt: skip
+def test_checkpoints_take_a_twentieth_of_the_time_or_come_as_asked(step, every, since, saving, due):
+    s = train.Config(steps=10, save_every=every)
+    assert train.checkpoint_due(step, s, since, saving) is due
+
+
+def test_a_slow_disk_gets_few_checkpoints(small, monkeypatch, tmp_path):
+    real, saved = train.save_checkpoint, []
+
+    def slow(out, s, optimizer, progress):
+        saved.append(len(progress.lines))
+        real(out, s, optimizer, progress)
+        clock[0] += 10  # seconds
+
+    def now() -> float:
+        clock[0] += 0.01
+        return clock[0]
+
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "time", now)
+    monkeypatch.setattr(train, "save_checkpoint", slow)
+    small(tmp_path / "run", steps=4)
+    assert saved == [1, 4]
+
+
+def test_the_gain_is_paired(small, tmp_path, capsys):
+    results = small(tmp_path / "run", steps=1)
+    said = capsys.readouterr().out
+    before, after = results["untrained"]["scores"], results["trained"]["scores"]
+    assert before.keys() == after.keys() == {"test000", "test001"}
+    assert results["trained"]["test_accuracy"] == pytest.approx(fmean(after.values()))
+    assert results["gain"]["mean"] == pytest.approx(fmean(after[d] - before[d] for d in before))
+    assert f"gain, paired       {results['gain']['mean']:+.3f} ± {results['gain']['stderr']:.3f}" in said
+    assert train.paired_gain({"a": 0.5}, {"a": 0.25}) == {"mean": -0.25, "stderr": None, "better": 0, "worse": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Early failure
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -434,6 +543,7 @@ def test_a_dry_run_calls_no_model_writes_nothing_and_counts_right(small, monkeyp
     monkeypatch.setattr(LocalModel, "sample", lambda *_, **__: pytest.fail("a model was called"))
     assert small(tmp_path / "run", dry_run=True) is None and not (tmp_path / "run").exists()
     plan = capsys.readouterr().out
+    assert "A dry run: no model was asked, nothing was written." in plan
     answers, edits = (int(n.replace(",", "")) for n in re.findall(r"(?:solver|editor) +([\d,]+)", plan))
 
     def sample(self, chats, n=1, max_new_tokens=512, **options):
