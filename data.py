@@ -109,7 +109,7 @@ class Task(Protocol):
     """
 
     name: str  # a short word for folders and logs
-    seed_instructions: str  # the editable field before the first edit, the paper's c_0
+    seed_instructions: str  # the editable field before the first edit
 
     def domains(self, split: str) -> list[str]:
         """The names of the domains of a split: "train", "test" or "all"."""

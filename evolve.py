@@ -119,7 +119,7 @@ def evolve_all(
     propose, accept = METHODS[method].propose, METHODS[method].accept
     splits = {domain: split_problems(task.problems(domain), s) for domain in trees}
     done = rounds_done(trees)
-    for number in progress_bar(done, s.rounds, progress):
+    for number in round_numbers(done, s.rounds, progress):
         seed_draws(s.seed, number)
         growing = {d: tree for d, tree in trees.items() if not (stop and solved(tree))}
         if not growing:
@@ -140,13 +140,14 @@ def evolve_all(
         reject_long(solver, [r.edit for r in rounds], s.max_instruction_tokens)
         # 4. Score them on the holdout, if they deserve it.
         accept(task, solver, rounds, s)
-        # 5. Attach them to the tree. A rejected edit costs its round, and is recorded with the reason and no score.
+        # 5. Attach them to the tree, with R̄(c_1) (eq. 4). A rejected edit costs its round, and is recorded with the
+        # reason and no score.
         for r in rounds:
             text = r.edit.instructions or r.edit.text
             score = fmean(r.scores) if r.edit.valid else None
             r.tree.add(r.parent, text, score, r.scores, r.summary, r.edit.note)
         on_round(trees)
-    return trees
+    return trees  # the paper's argmax R̄ is tree.best()
 
 
 def solved(tree: EvolutionTree) -> bool:
@@ -159,7 +160,7 @@ def rounds_done(trees: dict[str, EvolutionTree]) -> int:
     return max((tree.rounds for tree in trees.values()), default=0)
 
 
-def progress_bar(done: int, rounds: int, name: str) -> tqdm:
+def round_numbers(done: int, rounds: int, name: str) -> tqdm:
     """The numbers of the rounds that are left, shown as they pass; without a name they pass silently."""
     left = range(done, rounds)
     return tqdm(
@@ -199,7 +200,7 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
         return {"pool": pool, "holdout": holdout[: s.holdout], "test": test[: s.test]}
 
     distinct = distinct_problems(problems)
-    # Batches are drawn with replacement, so a pool of one would do; but k different ones are what an editor should see.
+    # Batches are drawn with replacement, so a pool of one would do; with k it can show the editor different ones.
     if len(distinct) < s.k + s.holdout + s.test:
         raise ValueError(
             f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = "
@@ -280,7 +281,8 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
         )
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
-        solver.usage.lenient += grade.lenient
+        if grade.lenient:
+            solver.usage.lenient += 1
     return answers
 
 
@@ -1709,8 +1711,8 @@ def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
     if counted["cut"] > half:
         limit = s.solver_tokens if role == "solver" else s.editor_tokens
         return (
-            f"Most of what the {role} wrote was cut off at {limit:,} tokens: give it more by --{role}-tokens, "
-            "or switch its thinking off where it is served."
+            f"Most of what the {role} wrote was cut off at {limit:,} tokens: give it more by "
+            f"--{role}-tokens, or switch its thinking off where it is served."
         )
     if counted["unreadable"] > half:
         return (

@@ -11,9 +11,12 @@ Symbols of the paper, and the words used here
     G     edits sampled for one start state (a "group")          r     reward of an edit, R̄(c_1) − R̄(c_0)   (eq. 7)
     N     start states in a batch                                A     advantage of an edit: its weight in the gradient
     T     in shapes: tokens of a response                        C     weight of exploration in the tree's UCB rule
+(In Algorithm 1 the paper uses two of them again: N for the selections so far, T for the rounds.)
 
-Read it in order: what an edit is worth, the loss, the tree, the two models. Below the banner *From here on only
-efficiency* stands nothing new: the same log-probs and samples, computed without repeating what rows have in common.
+Read it in order: what an edit is worth, the loss, the tree, log-probs and samples the plain way, the model on this
+machine. Below the banner *From here on only efficiency* come the same samples and the same log-probs, computed without
+repeating what rows have in common; the optimizer for 16-bit weights; the check of all this on a run's own model; and
+the model behind a server.
 
 Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has
 its baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
@@ -55,6 +58,7 @@ from transformers import (
     DynamicLayer,
     GenerationConfig,
     LogitsProcessor,
+    StoppingCriteria,
     TopPLogitsWarper,
 )
 
@@ -65,7 +69,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# flat, as in the official code: an edit that cannot be used, not −1 − R̄(c_0)
+# the same for all edits that cannot be used, as in the official code: not −1 − R̄(c_0)
 INVALID_REWARD = -1.0
 
 
@@ -131,9 +135,11 @@ def policy_loss(
     """Clipped policy-gradient loss of some responses, one advantage each: sum over tokens / `n_tokens`.
 
     `logprobs` holds one tensor (T,) per response. `n_tokens` counts the response tokens of the WHOLE batch, so the
-    losses of its micro-batches add up. Every token weighs the same: no 1/|o| per response, which would favour long
-    failures. Without `old_logprobs` the batch is on-policy: the ratio is 1, the clip never acts, and the gradient is
-    −A ∇log p. That is all of reinforcement learning here: likelier where A > 0, less likely where A < 0.
+    losses of its micro-batches add up. Every token weighs the same: dividing by a response's own length would favour
+    long failures. The loss is that of PPO, −min(ratio A, clipped ratio A), where ratio = p / p_old for a token. With
+    one update per batch there is no older policy (`old_logprobs` None): the ratio's value is 1, the clip never acts,
+    and its gradient is that of log p, so the loss has the gradient −A ∇log p. That is all of reinforcement learning
+    here: likelier where A > 0, less likely where A < 0.
 
     >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
     >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
@@ -167,7 +173,7 @@ class Node:
     parent: int | None  # id of the node it was edited from; None for the root
     instructions: str
     score: float | None  # R̄, mean over the holdout
-    scores: list[float] | None = None  # the score of each holdout problem, for "pareto"
+    scores: list[float] | None = None  # of each holdout problem: for "pareto", and the errors of gains
     visits: int = 0  # v: how often it was selected
     summary: list[Any] = field(default_factory=list)  # S: the graded problems that the editor saw
     note: str = ""  # why an edit was rejected
@@ -309,7 +315,8 @@ def plain_logprobs(
 ) -> list[Tensor]:
     """log p of every response token under the prompt: one (T,) float32 tensor per response, differentiable.
 
-    This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses.
+    This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses;
+    models that cannot share a prompt, and tests, use this one.
     `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
     """
     check_scorable([(prompt_ids, responses)], temperature)
@@ -364,9 +371,14 @@ def plain_sample(
         for length, same in places.items():
             ids = torch.tensor([rows[i] for i in same], device=model.device)  # (rows, P)
             drawn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            for i, row in zip(same, drawn[:, length:].cpu()):
+            for i, row in zip(same, drawn_ids(drawn)[:, length:]):
                 out[i] = until_end(row, eos)
     return [out[i] for i in range(len(rows))]
+
+
+def drawn_ids(drawn) -> Tensor:
+    """The ids in what `generate` returns, on the CPU: (rows, P + T)."""
+    return getattr(drawn, "sequences", drawn).cpu()
 
 
 @contextmanager
@@ -407,7 +419,7 @@ def until_end(row: Tensor, eos: list[int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two models: one on this machine, one behind a server
+# The model on this machine
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -489,9 +501,9 @@ class LocalModel:
         out = []
         for prompt in prompts:
             if temperature > 0:
-                responses = [drawn[prompt].pop() for _ in range(n)]
+                responses = [drawn[prompt].pop() for _ in range(n)]  # equal chats share what was drawn
             else:
-                responses = [drawn[prompt][0]] * n
+                responses = [drawn[prompt][0]] * n  # greedy: the same n times
             out.append([self.as_sample(prompt, ids) for ids in responses])
         return out
 
@@ -513,7 +525,7 @@ class LocalModel:
             batch = pending.pop(0)
             samples: list[Tensor] = []
             try:
-                samples = self.draw_batch(batch, options)
+                samples = self.draw_rows(batch, options)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:  # cannot be halved
                     raise
@@ -525,7 +537,8 @@ class LocalModel:
             out += samples
         return out
 
-    def draw_batch(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
+    def draw_rows(self, rows: Sequence[Sequence[int]], options: dict) -> list[Tensor]:
+        """One batch, the shared way; the plain way where the model turns out to be unable to share."""
         if self.share:
             try:
                 return shared_sample(self.model, rows, self.eos, self.pad, **options)
@@ -551,38 +564,12 @@ class LocalModel:
         self.model.set_attn_implementation(self.own_attention)
 
     def encode(self, chat: Chat) -> list[int]:
-        """Token ids of a chat up to where the answer begins.
-
-        Contents come from models and data: a `<|im_start|>` in there must stay text, else instructions could forge a
-        role. So control strings in contents are swapped for stand-ins before the template runs, and swapped back once
-        the template's own control strings are cut out.
-        """
+        """Token ids of a chat up to where the answer begins. Control strings in its contents stay text."""
         contents = "".join(message["content"] for message in chat)
         forged = sorted(set(self.controls.findall(contents)))
-        if not forged:
-            return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
-        # private-use characters
-        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
-        stand_in = dict(zip(forged, unused))
-        masked = []
-        for message in chat:
-            content = self.controls.sub(lambda hit: stand_in[hit[0]], message["content"])
-            masked.append(message | {"content": content})
-        original = str.maketrans({mark: control for control, mark in stand_in.items()})
-        forged_ids = self.tokenizer.convert_tokens_to_ids(forged)
-        ids: list[int] = []
-        # text, control, text, ..., text
-        for i, piece in enumerate(self.controls.split(self.render(masked))):
-            if i % 2:  # one that the template wrote
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-                continue
-            text = piece.translate(original)
-            plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-            # A vocabulary of whole words cannot spell a control string in pieces: there it is dropped.
-            ids += [token for token in plain if token not in forged_ids]
-        return ids
+        if forged:
+            return encode_forged(self, chat, forged)
+        return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
 
     def render(self, chat: Chat) -> str:
         """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
@@ -657,7 +644,7 @@ def shared_sample(
             **cheap_filters(options),
         )  # (R, 1 + T)
         check_attended(model, cache)
-    return [until_end(row, eos) for row in out[:, 1:].cpu()]
+    return [until_end(row, eos) for row in drawn_ids(out)[:, 1:]]
 
 
 @dataclass
@@ -738,7 +725,7 @@ def read_texts(
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         check_attended(model, cache)
         for i, layer in enumerate(cache.layers):
-            keys, values = layer.read  # (some, h, width, d) each
+            keys, values = layer.read  # type: ignore[union-attr]  # (some, h, width, d) each
             if len(levels) == i:
                 all_keys = keys.new_zeros(keys.shape[1], len(texts), longest, keys.shape[3])
                 all_values = values.new_zeros(*all_keys.shape[:3], values.shape[3])
@@ -762,10 +749,10 @@ class PromptLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.common is None else self.common[0].shape[1]
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
-        self.read = (keys, values)  # (B, h, P1, d) each
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
+        self.read = (key_states, value_states)  # (B, h, P1, d) each
         # Views: were they `read` itself, layer and keys would hold each other in memory.
-        return handed_out(self, keys[:], values[:])
+        return handed_out(self, key_states[:], value_states[:])
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """(B, heads, P1, d) -> (B, heads, P1, d)"""
@@ -813,8 +800,9 @@ class RowLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length + self.used
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> Level:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
+        keys, values = key_states, value_states
         if self.used == 0:
             self.rows = len(keys)
             self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
@@ -861,8 +849,8 @@ class RowLayer(DynamicLayer):
 
 def handed_out(layer: DynamicLayer, keys: Tensor, values: Tensor) -> Level:
     """Marked, so that the attention function finds the layer, and sees that they are as they came from it."""
-    keys.layer = layer
-    values.layer = layer
+    for tensor in (keys, values):
+        tensor.layer = layer  # type: ignore[attr-defined]
     return keys, values
 
 
@@ -887,9 +875,9 @@ def levels_attention(
     return out.transpose(1, 2), None  # (B, Q, heads, d)
 
 
-def strange_settings(settings: dict[str, Any], known: set[str] = frozenset()) -> list[str]:
+def strange_settings(settings: dict[str, Any], known: Sequence[str] = ()) -> list[str]:
     """The names of those that may change what attention gives, in a way that is not known here."""
-    harmless = HARMLESS | known
+    harmless = HARMLESS.union(known)
     return [name for name in settings if name not in harmless and settings[name] is not None]
 
 
@@ -910,7 +898,7 @@ def attention(model, name: str) -> Iterator[None]:
 def check_attended(model, cache: Cache) -> None:
     """An attention that ignores the function asked for has seen a part of the keys only, without a word."""
     for layer in cache.layers:
-        if layer.ignored:
+        if layer.ignored:  # type: ignore[union-attr]
             name = type(model).__name__
             raise NotImplementedError(f"{name} attends in a way of its own and cannot share prompts.")
 
@@ -986,7 +974,8 @@ class Crowd:
 
     def joined_by(self, prompt: Sequence[int], rows: int) -> Crowd:
         """The batch with some rows of another prompt."""
-        prefix = len(os.path.commonprefix([self.first[: self.prefix], prompt[:-1]]))
+        both: list[Any] = [self.first[: self.prefix], prompt[:-1]]
+        prefix = len(os.path.commonprefix(both))
         longest = max(self.longest, len(prompt))
         return Crowd(self.first, prefix, longest, self.prompts + 1, self.rows + rows)
 
@@ -1113,7 +1102,7 @@ def attention_window(model) -> int:
     windows = []
     for layer in DynamicCache(config=model.config).layers:
         if getattr(layer, "sliding_window", 0):
-            windows.append(layer.sliding_window)
+            windows.append(layer.sliding_window)  # type: ignore[union-attr]
     return min(windows, default=0)
 
 
@@ -1190,7 +1179,7 @@ def shared_prompt_attention(
     sdpa = AttentionInterface()["sdpa"]
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    strange = strange_settings(kwargs, known={"scaling", "sliding_window"})  # a row fits into the window
+    strange = strange_settings(kwargs, known=("scaling", "sliding_window"))  # a row fits into the window
     if strange:
         raise NotImplementedError(f"Attention with {', '.join(strange)} cannot share prompts.")
     p = query.shape[2] - attention_mask.shape[2]
@@ -1212,10 +1201,10 @@ AttentionMaskInterface.register("shared_prompt", AttentionMaskInterface()["sdpa"
 # before a model is used, some responses are drawn and scored, on the run's own prompts.
 
 # How far two computations of one log-prob may be apart by rounding alone: nats, mean over the tokens behind a prompt.
-# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32 (one of a
-# hundred: 2e-5) and 0.04 in bfloat16, whose numbers near 16 are 0.125 apart; with mixtures of experts, where rounding
-# may choose another expert, 0.08. Where something is wrong (attention sinks, a softcap, a bias or a window left out,
-# padding that is read, a model that looks ahead): 0.1 to 7.
+# Measured on the random models of tests/test_architectures.py. Where nothing is wrong: at most 2e-6 in float32, but for
+# a few of a hundred (Mamba2 computes in two ways: 2e-3); in bfloat16, whose numbers near 16 are 0.125 apart, 0.04, and
+# with mixtures of experts, where rounding may choose another expert, 0.08. Where something is wrong (attention sinks, a
+# softcap, a bias or a window left out, padding that is read, a model that looks ahead): 0.1 to 7.
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -1224,7 +1213,7 @@ class Check:
     """What `verify` found."""
 
     way: str  # how this model samples and learns: "shared" (prompts) or "plain" (row by row)
-    error: float  # nats per token between what was drawn and what is learned, at the prompt where it is largest
+    error: float  # nats per token between what is drawn and what is learned, at the worst prompt
     tolerance: float
     dropped: str = ""  # why the shared way is not used, though it seemed to fit
 
@@ -1237,19 +1226,23 @@ class Check:
         return text
 
 
-class Recorder(LogitsProcessor):
-    """Notes the distributions that `generate` draws from, and changes nothing."""
+class Recorder(StoppingCriteria):
+    """Notes the distributions that `generate` draws from, after all its filters, and stops nothing."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []  # of each step log p, (rows, V)
+        self.steps: tuple[Tensor, ...] = ()  # of each step the scores, (rows, V)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.float().log_softmax(-1).cpu())
-        return scores
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...], **kwargs) -> Tensor:
+        self.steps = scores
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def options(self) -> dict[str, Any]:
+        """What makes `generate` tell."""
+        return {"stopping_criteria": [self], "output_scores": True, "return_dict_in_generate": True}
 
     def logprobs(self, responses: Sequence[Tensor]) -> list[Tensor]:
         """log p of the tokens that were drawn, (T,) each."""
-        every = torch.stack(self.steps, 1)  # (rows, longest, V)
+        every = torch.stack(self.steps, 1).float().log_softmax(-1).cpu()  # (rows, longest, V)
         out = []
         for row, response in zip(every, responses):
             out.append(row[: len(response)].gather(1, response[:, None])[:, 0])
@@ -1316,7 +1309,7 @@ def disagreement(
         for batch in batches:
             recorder = Recorder()
             rows = [prompt for prompt in batch for _ in range(n)]
-            some = draw(model, rows, local.eos, local.pad, logits_processor=[recorder], **options)
+            some = draw(model, rows, local.eos, local.pad, **options, **recorder.options())
             responses += some
             drawn += recorder.logprobs(some)
     groups = []
@@ -1487,6 +1480,39 @@ class Passage:
         self.held.copy_(master)
         with torch.cuda.stream(self.stream):
             param.copy_(self.held, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: control strings in what a model or a data set wrote
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode_forged(local: LocalModel, chat: Chat, forged: list[str]) -> list[int]:
+    """Token ids of a chat whose contents hold the control strings `forged`, which must stay text.
+
+    A `<|im_start|>` within instructions could forge a role. So control strings in contents are swapped for stand-ins
+    before the template runs, and swapped back once the template's own control strings are cut out.
+    """
+    contents = "".join(message["content"] for message in chat)
+    private = (chr(code) for code in range(0xE000, 0xF900))  # characters that mean nothing by themselves
+    stand_in = dict(zip(forged, (char for char in private if char not in contents)))
+    masked = []
+    for message in chat:
+        content = local.controls.sub(lambda hit: stand_in[hit[0]], message["content"])
+        masked.append(message | {"content": content})
+    original = str.maketrans({mark: control for control, mark in stand_in.items()})
+    forged_ids = local.tokenizer.convert_tokens_to_ids(forged)
+    ids: list[int] = []
+    pieces = local.controls.split(local.render(masked))  # text, control, text, ..., text
+    for i, piece in enumerate(pieces):
+        if i % 2:  # one that the template wrote
+            ids.append(local.tokenizer.convert_tokens_to_ids(piece))
+            continue
+        text = piece.translate(original)
+        plain = local.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        # A vocabulary of whole words cannot spell a control string in pieces: there it is dropped.
+        ids += [token for token in plain["input_ids"] if token not in forged_ids]
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------

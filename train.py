@@ -8,7 +8,7 @@
     torchrun --nproc_per_node 8 train.py --task bird ...   the same on eight GPUs: each takes an eighth of the states
 
 The order of this file: one step of training; the loop; where start states come from; untrained and trained editor
-before and after, on domains that training never saw. Below the banner *From here on only plumbing*: settings, plan,
+compared on domains that training never saw. Below the banner *From here on only plumbing*: settings, plan,
 checkpoints, `main`.
 
 For readers who know PyTorch but not RL, the whole of it: sample from the model, weight the log-probability of each
@@ -66,15 +66,14 @@ class StartState:
     domain: str
     instructions: str
     score: float  # R̄(c_0)
-    # of the splits that its tree had: the holdout which gave the score must judge the edits too
-    seed: int
+    seed: int  # draws the same splits again: the holdout that gave the score must judge the edits, too
     # the best score of its tree minus its own: how much more is known to be possible
     potential: float
 
 
 @dataclass
-class Rollout:
-    """One start state in one step, and what became of it. Filled from top to bottom."""
+class EditGroup:
+    """One start state in one step, with the G edits sampled for it. Filled from top to bottom."""
 
     state: StartState
     problems: list[Problem]  # k fresh ones, for the summary
@@ -91,51 +90,50 @@ def train_step(
     solver,
     editor,
     optimizer: MasterAdamW,
-    pool: list[StartState],
+    start_states: list[StartState],
     s: Config,
     step: int,
     accelerator: Accelerator,
-) -> tuple[dict, list[Rollout]]:
-    """One step of Section 2 of the paper. Returns (the line for the log, the rollouts of this process).
+) -> tuple[dict, list[EditGroup]]:
+    """One step of Section 2 of the paper. Returns (the line for the log, this process's states with their edits).
 
-    With several processes each takes a share of the states, advantages are computed on the batch of all, and gradients
-    are summed, so that all take the step that one process would have taken.
+    With several processes each takes a share of the states. Advantages are computed on the batch of all, and gradients
+    are summed, so that all take the step that one process would have taken with the same edits.
     """
     rank = accelerator.process_index
     processes = accelerator.num_processes
-    # All draws follow from seed and step: resuming needs no random state.
-    torch.manual_seed(hash((s.seed, step, rank)))
+    evolve.seed_draws(s.seed, step, rank)  # so resuming needs no random state
     started = time.time()
 
     # 1. States: N instructions to start from. Those with more to gain are drawn more often.
-    rollouts = draw_rollouts(task, pool, s, step)[rank::processes]
+    groups = draw_states(task, start_states, s, step)[rank::processes]
 
     # 2. Summaries: the frozen solver answers k fresh problems under c_0, as it would at test time.
-    jobs = [(each.state.instructions, each.problems) for each in rollouts]
+    jobs = [(each.state.instructions, each.problems) for each in groups]
     answers = evolve.solve_all(task, solver, jobs, **evolve.solver_sampling(s))
-    for rollout, summary in zip(rollouts, answers):
-        rollout.summary = summary
+    for group, summary in zip(groups, answers):
+        group.summary = summary
 
     # 3. Edits: c_1 ~ f_ψ(c_0, S_0), G of each, at temperature 1 and with nothing cut off: else the gradient would be
     # another policy's.
-    chats = [editor_chat(task, editor, rollout, s) for rollout in rollouts]
+    chats = [editor_chat(task, editor, group, s) for group in groups]
     drawn = editor.sample(chats, n=s.group, max_new_tokens=s.editor_tokens)
-    for rollout, samples in zip(rollouts, drawn):
-        rollout.edits = [evolve.read_edit(task, sample) for sample in samples]
-        evolve.reject_long(solver, rollout.edits, s.max_instruction_tokens)
+    for group, samples in zip(groups, drawn):
+        group.edits = [evolve.read_edit(task, sample) for sample in samples]
+        evolve.reject_long(solver, group.edits, s.max_instruction_tokens)
     sampled = time.time()
 
     # 4. Scores: R̄(c_1) on the holdout that also scored c_0. An edit that cannot be read is not scored.
     jobs = []
-    for rollout in rollouts:
-        jobs += [(edit.instructions, rollout.holdout) for edit in rollout.edits if edit.valid]
+    for group in groups:
+        jobs += [(edit.instructions, group.holdout) for edit in group.edits if edit.valid]
     scores = iter(evolve.score_all(task, solver, jobs, s))
-    for rollout in rollouts:
-        for edit in rollout.edits:
-            rollout.after.append(fmean(next(scores)) if edit.valid else math.nan)
+    for group in groups:
+        for edit in group.edits:
+            group.after.append(fmean(next(scores)) if edit.valid else math.nan)
 
-    # 5. Advantages, from the rollouts of all processes.
-    everyone = gather_object(rollouts)
+    # 5. Advantages, from the edits of all processes.
+    everyone = gather_object(groups)
     scored = time.time()
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
     after = torch.tensor([each.after for each in everyone])  # (N, G)
@@ -143,18 +141,18 @@ def train_step(
     weights = advantages(s.advantage, after, before, valid, s.invalid_reward)  # (N, G)
     my_weights = weights.chunk(processes)[rank]  # (N / processes, G)
 
-    # 6. Loss and step. What was sampled is scored again, differentiably, a few groups at a time: their gradients add up
-    # to that of the mean over the tokens of the whole batch.
+    # 6. Loss and step. The log-probs of the edits are computed again, differentiably, a few groups at a time: their
+    # gradients add up to that of the mean over the tokens of the whole batch.
     n_tokens = sum(len(edit.sample.ids) for each in everyone for edit in each.edits)
     lr = s.lr * (1 - step / s.steps)
     optimizer.adamw.param_groups[0]["lr"] = lr
-    # Checkpointing needs train mode; without it, no dropout either.
+    # Gradient checkpointing needs train mode. Otherwise eval mode: what sampled had no dropout, either.
     editor.model.train(s.gradient_checkpointing)
-    surprise = 0.0
-    for groups, group_weights in micro_batches(rollouts, my_weights, s.micro_batch):
-        logps = sum(editor.group_logprobs(groups), [])  # one tensor (T,) per edit
-        policy_loss(logps, group_weights.flatten(), n_tokens).backward()
-        surprise -= sum(float(logp.detach().sum()) for logp in logps)
+    negative_logprobs = 0.0
+    for batch, batch_weights in micro_batches(groups, my_weights, s.micro_batch):
+        logps = sum(editor.group_logprobs(batch), [])  # one tensor (T,) per edit
+        policy_loss(logps, batch_weights.flatten(), n_tokens).backward()
+        negative_logprobs -= sum(float(logp.detach().sum()) for logp in logps)
     if processes > 1:
         for parameter in optimizer.params:
             parameter.grad = accelerator.reduce(parameter.grad, "sum")
@@ -163,44 +161,47 @@ def train_step(
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
     line["spread"] = float(weights.max() - weights.min())  # 0: no edit was better than another
-    line["entropy"] = sum(gather_object([surprise])) / n_tokens  # E[−log p] = H, in nats per token
+    line["entropy"] = (
+        sum(gather_object([negative_logprobs])) / n_tokens
+    )  # E[−log p] = H, in nats per token
     line["seconds"] = {"sample": sampled - started, "score": scored - sampled}
     line["seconds"]["learn"] = time.time() - scored
-    return line | edit_figures(everyone, before, after, s.invalid_reward), rollouts
+    return line | edit_figures(everyone, before, after, s.invalid_reward), groups
 
 
-def draw_rollouts(task, pool: list[StartState], s: Config, step: int) -> list[Rollout]:
-    """N start states from the pool, the same in every process, each with k fresh problems and its holdout."""
+def draw_states(task, start_states: list[StartState], s: Config, step: int) -> list[EditGroup]:
+    """N of the start states, the same in every process, each with k fresh problems and its holdout."""
     # Curriculum: where the tree shows that more is possible, there is more to learn. The 0.1 leaves no state out.
-    potential = [state.potential + 0.1 for state in pool]
-    states = random.Random(f"{s.seed}/{step}").choices(pool, potential, k=s.states)
-    rollouts = []
-    # the place goes into the draw: a state drawn twice gets other problems
-    for place, state in enumerate(states):
-        splits = evolve.split_problems(task.problems(state.domain), training_splits(s, state.seed))
-        problems = evolve.draw_batch(splits["pool"], s, state.domain, -1 - step, place)
-        rollouts.append(Rollout(state, problems, splits["holdout"]))
-    return rollouts
+    odds = [state.potential + 0.1 for state in start_states]
+    chosen = random.Random(f"{s.seed}/{step}").choices(start_states, odds, k=s.states)
+    number = -1 - step  # rounds of trees count from 0: nothing that grew a tree is drawn again
+    groups = []
+    for place, state in enumerate(chosen):  # its place: a state drawn twice gets other problems
+        own = training_settings(s, state.seed)
+        splits = evolve.split_problems(task.problems(state.domain), own)
+        problems = evolve.draw_batch(splits["pool"], s, state.domain, number, place)
+        groups.append(EditGroup(state, problems, splits["holdout"]))
+    return groups
 
 
-def editor_chat(task, editor, rollout: Rollout, s: Config) -> list[dict]:
+def editor_chat(task, editor, group: EditGroup, s: Config) -> list[dict]:
     """What the editor reads, (c_0, S_0); problems that do not fit into its prompt are counted."""
-    instructions = rollout.state.instructions
-    chat, rollout.dropped = evolve.edit_chat(
-        task, editor, instructions, rollout.summary, *evolve.limits(s)
+    instructions = group.state.instructions
+    chat, group.dropped = evolve.edit_chat(
+        task, editor, instructions, group.summary, *evolve.limits(s)
     )
     return chat
 
 
-def micro_batches(rollouts: list[Rollout], weights: Tensor, size: int):
+def micro_batches(edit_groups: list[EditGroup], weights: Tensor, size: int):
     """The groups that `group_logprobs` takes, `size` at a time, each with the (size, G) advantages of its edits.
 
     Sorted by the length of the prompt, so that little is padded.
     """
     groups = []
-    for rollout in rollouts:
-        responses = [edit.sample.ids for edit in rollout.edits]
-        groups.append((rollout.edits[0].sample.prompt_ids, responses))
+    for each in edit_groups:
+        responses = [edit.sample.ids for edit in each.edits]
+        groups.append((each.edits[0].sample.prompt_ids, responses))
     order = sorted(range(len(groups)), key=lambda i: len(groups[i][0]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -208,13 +209,13 @@ def micro_batches(rollouts: list[Rollout], weights: Tensor, size: int):
 
 
 def edit_figures(
-    rollouts: list[Rollout], before: Tensor, after: Tensor, invalid_reward: float
+    groups: list[EditGroup], before: Tensor, after: Tensor, invalid_reward: float
 ) -> dict:
     """What the log says of the edits of a step; `before` is (N,), `after` (N, G) with NaN for an edit not valid."""
     valid = ~after.isnan()
     old = before[:, None]
     score = torch.where(valid, after, invalid_reward)
-    edits = [edit for rollout in rollouts for edit in rollout.edits]
+    edits = [edit for group in groups for edit in group.edits]
     return {
         "reward": float(delta_reward(after, old, valid, invalid_reward).mean()),
         # share of edits better than what they edited
@@ -223,7 +224,7 @@ def edit_figures(
         "after": float(after[valid].mean()),
         "valid": float(valid.float().mean()),
         "cut": sum(edit.sample.truncated for edit in edits),  # edits cut off at the token limit
-        "dropped_problems": sum(rollout.dropped for rollout in rollouts),
+        "dropped_problems": sum(group.dropped for group in groups),
         # groups of equal scores: they teach "grpo" nothing
         "flat": int((score.amax(1) == score.amin(1)).sum()),
     }
@@ -240,7 +241,7 @@ class Progress:
     randomness is a function of seed and step, the learning rate one of the step."""
 
     lines: list[dict] = field(default_factory=list)  # of the log, one per finished step
-    pool: list[StartState] = field(default_factory=list)
+    start_states: list[StartState] = field(default_factory=list)
     noise: float | None = None  # standard deviation of the reward when nothing is edited
 
 
@@ -257,23 +258,29 @@ def reinforce(
         progress = load_checkpoint(out, s, optimizer, accelerator) or progress
     done = len(progress.lines)
     main_process = accelerator.is_main_process
-    saved, saving = time.time(), 0.0  # when the last checkpoint was written, and the seconds that it took
+    saved, saving = (
+        time.time(),
+        0.0,
+    )  # when the last checkpoint was written, and the seconds that it took
     bar = {"desc": "2. RL", "unit": "step", "disable": not main_process}
     for step in tqdm(range(done, s.steps), total=s.steps, initial=done, **bar):
         if step == 0:
             check_headroom(task, solver, s, accelerator)
-        # Start states, grown with the current editor: at test time it will edit its own earlier edits.
+        # Start states, grown with the current editor: at test time it will edit its own earlier edits. Older ones stay.
         if step == 0 or (s.grow_every and step % s.grow_every == 0):
-            progress.pool = grow_states(task, solver, editor, s, step, accelerator) + progress.pool
+            progress.start_states = (
+                grow_states(task, solver, editor, s, step, accelerator) + progress.start_states
+            )
         if step == 0 and main_process:
-            progress.noise = reward_noise(task, solver, progress.pool[: s.states], s)
+            progress.noise = reward_noise(task, solver, progress.start_states[: s.states], s)
             print(
-                f"1. {len(progress.pool)} start states. Unchanged instructions, scored twice, differ by "
+                f"1. {len(progress.start_states)} start states. "
+                f"Unchanged instructions, scored twice, differ by "
                 f"{progress.noise:.3f} (s.d.).",
                 flush=True,
             )
-        line, rollouts = train_step(
-            task, solver, editor, optimizer, progress.pool, s, step, accelerator
+        line, groups = train_step(
+            task, solver, editor, optimizer, progress.start_states, s, step, accelerator
         )
         if step == 0:
             line["sampler_error"] = check.error
@@ -282,13 +289,13 @@ def reinforce(
         if main_process:
             tqdm.write(step_text(line))
             if step % 20 == 0:
-                tqdm.write(show_edit(rollouts[0]))
+                tqdm.write(show_edit(groups[0]))
             save_log(out, progress.lines)
         if len(progress.lines) > 2 and all(each["skipped"] for each in progress.lines[-3:]):
             raise SystemExit(
                 "Three steps in a row had no finite gradient: start again with a lower --lr."
             )
-        check_learning(progress.lines, rollouts, s)
+        check_learning(progress.lines, groups, s)
         if main_process and checkpoint_due(step, s, time.time() - saved, saving):
             started = time.time()
             save_checkpoint(out, s, optimizer, progress)
@@ -305,8 +312,8 @@ EARLY = 3
 
 def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
     """Say what edits can reach at most, where the task knows. SystemExit if there is nothing to reach."""
-    domains = enough_problems(task, "train", s)[:8]
-    scores = evolve.headroom(task, solver, domains, training_splits(s, s.seed))
+    domains = large_domains(task, "train", s)[:8]
+    scores = evolve.headroom(task, solver, domains, training_settings(s, s.seed))
     if scores is None:
         return
     seed, perfect = scores
@@ -322,18 +329,18 @@ def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
         )
 
 
-def check_learning(lines: list[dict], rollouts: list[Rollout], s: Config) -> None:
+def check_learning(lines: list[dict], groups: list[EditGroup], s: Config) -> None:
     """SystemExit with the reason and a sample, if after EARLY steps nothing has told a good edit from a bad one."""
     if len(lines) != EARLY or s.steps <= EARLY or s.states * s.group == 1:
         return
-    edit = rollouts[0].edits[0]
+    edit = groups[0].edits[0]
     if not any(line["valid"] for line in lines):
         why = f"no edit of the first {EARLY} steps could be used ({edit.note})"
         remedy = "a larger --model, one that follows the form which the prompt asks for"
         if sum(line["cut"] for line in lines) > EARLY * s.states * s.group / 2:
             remedy = f"a larger --editor-tokens than {s.editor_tokens}: most edits were cut off"
     elif not any(line["spread"] for line in lines):
-        scores = [score for each in rollouts for score in each.after if not math.isnan(score)]
+        scores = [score for each in groups for score in each.after if not math.isnan(score)]
         why = f"in the first {EARLY} steps no edit was better than another"
         why += f"; the last ones score {min(scores):.3f} to {max(scores):.3f}" if scores else ""
         remedy = "a larger --holdout or --states, or a --solver that its instructions can help"
@@ -342,7 +349,7 @@ def check_learning(lines: list[dict], rollouts: list[Rollout], s: Config) -> Non
     else:
         return
     raise SystemExit(
-        f"This run cannot learn: {why}.\nAn edit for {evolve.printable(rollouts[0].state.domain)}: "
+        f"This run cannot learn: {why}.\nAn edit for {evolve.printable(groups[0].state.domain)}: "
         f"{one_line(edit.text)}\nTry {remedy}."
     )
 
@@ -373,11 +380,11 @@ def step_text(line: dict) -> str:
     return text
 
 
-def show_edit(rollout: Rollout) -> str:
-    """The first edit of a rollout in words, with the score before and after it: numbers alone hide what is learned."""
-    state = rollout.state
-    edit = rollout.edits[0]
-    score = f"{rollout.after[0]:.2f}" if edit.valid else "invalid"
+def show_edit(group: EditGroup) -> str:
+    """The first edit of a group in words, with the score before and after it: numbers alone hide what is learned."""
+    state = group.state
+    edit = group.edits[0]
+    score = f"{group.after[0]:.2f}" if edit.valid else "invalid"
     return (
         f"\n   an edit for {state.domain}, holdout {state.score:.2f} -> {score}\n"
         f"     old: {one_line(state.instructions)}\n"
@@ -403,9 +410,11 @@ def grow_states(
     Training from the seed instructions alone would not match deployment, where the editor edits its own earlier edits.
     Each process grows its share of the domains; all get all states.
     """
-    own = training_splits(s, seed=s.seed * 1_000_003 + step)  # fresh splits and batches each time
+    own = training_settings(
+        s, seed=s.seed * 1_000_003 + step
+    )  # no two growths share a seed, nor draws
     own = replace(own, rounds=s.grow_rounds)
-    mine = enough_problems(task, "train", s)[accelerator.process_index :: accelerator.num_processes]
+    mine = large_domains(task, "train", s)[accelerator.process_index :: accelerator.num_processes]
     started = time.time()
     trees = evolve.seed_trees(task, mine, solver, own)
     if step == 0:  # the first real work of a run
@@ -428,14 +437,14 @@ def grow_states(
     return gather_object(states)
 
 
-def training_splits(s: Config, seed: int) -> Config:
-    """The settings by which a training domain is split: its tree's seed, and no problems kept back for a test."""
+def training_settings(s: Config, seed: int) -> Config:
+    """The settings for a training domain: the seed of its tree, and no problems kept back for a test."""
     return replace(s, test=0, seed=seed)
 
 
-def enough_problems(task, split: str, s: Config) -> list[str]:
+def large_domains(task, split: str, s: Config) -> list[str]:
     """The domains of a split. ValueError if any has too few problems, unless --skip-small leaves those out."""
-    wanted = s if split == "test" else training_splits(s, s.seed)
+    wanted = s if split == "test" else training_settings(s, s.seed)
     names = task.domains(split)
     good: list[str] = []
     faults: list[str] = []
@@ -457,7 +466,9 @@ def reward_noise(task, solver, states: list[StartState], s: Config) -> float:
     """Standard deviation of the reward of the null edit: unchanged instructions, scored again. 0 if all is greedy."""
     jobs = []
     for state in states:
-        splits = evolve.split_problems(task.problems(state.domain), training_splits(s, state.seed))
+        splits = evolve.split_problems(
+            task.problems(state.domain), training_settings(s, state.seed)
+        )
         jobs.append((state.instructions, splits["holdout"]))
     squares = []
     for state, scores in zip(states, evolve.score_all(task, solver, jobs, s)):
@@ -478,7 +489,7 @@ def evaluate(
     The holdout guided the search, so its best score is optimistic ("holdout_best"); the test split is touched once.
     Returns ({"test_accuracy", "stderr", "domains", ...}, trees); the standard error is over domains.
     """
-    mine = enough_problems(task, "test", s)[accelerator.process_index :: accelerator.num_processes]
+    mine = large_domains(task, "test", s)[accelerator.process_index :: accelerator.num_processes]
     trees = evolve.seed_trees(task, mine, solver, s)
     bar = progress if accelerator.is_main_process else ""
     evolve.evolve_all(task, trees, solver, editor, s, s.search, progress=bar)
@@ -615,7 +626,9 @@ class Config(Settings):
     )
     # An edit that cannot be used needs a reward below that of a useless one, but no more: rewards are differences of
     # scores, about 0.1 here, and beside a flat −1 for one edit in twenty the gradient hardly sees the others.
-    invalid_reward: float = option(INVALID_REWARD, "reward of an edit that cannot be used, 0 or less")
+    invalid_reward: float = option(
+        INVALID_REWARD, "reward of an edit that cannot be used, 0 or less"
+    )
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")
     group: int | None = option(None, "G, edits sampled per start state")
@@ -630,7 +643,7 @@ class Config(Settings):
         False, "recompute activations in the backward pass: for long prompts"
     )
     save_every: int = option(
-        0, "steps between checkpoints (of a 4B model 48 GB each); 0: they take under 5% of the time"
+        0, "steps between checkpoints (of a 4B model 48 GB each); 0: they take under a twentieth of the time"
     )
 
 
@@ -670,7 +683,9 @@ def memory_line(model, resume: bool) -> str:
     size = MasterAdamW.host_bytes(model)
     if resume:  # for a moment, the masters are there twice
         size += sum(4 * p.numel() for p in model.parameters() if p.dtype.itemsize < 4)
-    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's word for the processes on this machine
+    size *= int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )  # torchrun's word for the processes on this machine
     free = memory_free()
     if free < size:
         raise ValueError(
@@ -750,8 +765,8 @@ def load_checkpoint(
                 master.shape for master in optimizer.masters
             ]:
                 raise ValueError("it belongs to another run")
-            pool = [StartState(**each) for each in state["pool"]]
-            progress = Progress(state["lines"], pool, state["noise"])
+            states = [StartState(**each) for each in state["start_states"]]
+            progress = Progress(state["lines"], states, state["noise"])
             optimizer.load_state_dict(saved)
             accelerator.print(f"{path}: going on after {len(progress.lines)} steps.")
             return progress
@@ -795,7 +810,7 @@ def main(s: Config) -> dict | None:
             f"--task {s.task} needs --model, a checkpoint folder or hub name: only mini brings its own."
         )
     task = data.load_task(s.task, s.data or None)
-    train, test = enough_problems(task, "train", s), enough_problems(task, "test", s)
+    train, test = large_domains(task, "train", s), large_domains(task, "test", s)
     editor = evolve.load_model(name, s.max_batch_tokens, s.dtype)
     solver = evolve.open_model(s.solver or name, s.solver_model, s)
     accelerator.print(
@@ -810,10 +825,8 @@ def main(s: Config) -> dict | None:
     if s.gradient_checkpointing:
         editor.model.activation_checkpointing_enable()
 
-    splits = evolve.split_problems(task.problems(train[0]), training_splits(s, s.seed))
-    checks = evolve.check_models(
-        task, splits["pool"], solver, editor, s, s.gradient_checkpointing
-    )
+    splits = evolve.split_problems(task.problems(train[0]), training_settings(s, s.seed))
+    checks = evolve.check_models(task, splits["pool"], solver, editor, s, s.gradient_checkpointing)
     accelerator.print(evolve.check_text(checks), flush=True)
 
     # 1. Start states, and 2. reinforcement learning on them.

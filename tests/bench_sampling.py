@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, DynamicLayer, Qwen3Config, Qwen3ForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
-from lse import blank_generation, plain_sample, shared_sample, until_end
+from lse import blank_generation, shared_sample, until_end
 
 WORDS = 512
 SHAPES = {  # name: [(prompts, rows of each, common tokens, own tokens, new tokens, width of the model), ...]
@@ -70,6 +70,17 @@ def before_sample(model, rows, eos, pad, **options):
             cache.layers[i] = RoomyLayer(layer, owner, options["max_new_tokens"])
         out = model.generate(ids[owner], attention_mask=mask[owner], past_key_values=cache, **options)
     return [until_end(row, eos) for row in out[:, ids.shape[1] :]]
+
+
+@torch.no_grad()
+def plain_sample(model, rows, eos, pad, **options):
+    """What most small repositories do: `generate` with every prompt repeated, padded on the left, in one batch."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    with blank_generation(model, eos, pad):
+        out = model.generate(ids, attention_mask=mask, **options)
+    return [until_end(row, eos) for row in out[:, longest:]]
 
 
 WAYS = {"plain": plain_sample, "before": before_sample, "now": shared_sample}

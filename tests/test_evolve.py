@@ -849,12 +849,6 @@ def test_the_plan_counts_the_length_of_the_questions(checkpoints: Path) -> None:
     assert sizes[1] == pytest.approx(sizes[0] + 2 * 3 * 4 * 0.1, abs=0.1)
 
 
-def test_layers_without_a_cache_to_share_are_refused(checkpoints: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evolve, "ATTENTION", {"sliding_attention"})
-    with pytest.raises(SystemExit, match="its layers of full_attention have no cache that prompts could share"):
-        evolve.load_model(checkpoints / "wide")
-
-
 def test_fewer_rounds_than_there_are_are_refused(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     s = Config(solver=str(checkpoints / "narrow"), editor=str(checkpoints / "wide"), out="run", **TINY)

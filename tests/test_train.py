@@ -27,7 +27,7 @@ import data
 import evolve
 import train
 from lse import EvolutionTree, LocalModel, MasterAdamW, Sample, logprobs
-from train import Rollout, StartState
+from train import EditGroup, StartState
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Accelerator(cpu=True)  # one process
@@ -253,16 +253,16 @@ def test_states_with_more_to_gain_are_drawn_more_often():
     """In proportion to potential + 0.1: of 2,000 draws from (0, 0.1, 0.7), shares of 0.1, 0.2 and 0.7 (s.d. 0.01)."""
     pool = [StartState("d", "", 0.0, 0, potential) for potential in (0.0, 0.1, 0.7)]
     s = evolve.with_presets(train.Config(states=2000))
-    drawn = [rollout.state.potential for rollout in train.draw_rollouts(Columns(), pool, s, step=0)]
+    drawn = [rollout.state.potential for rollout in train.draw_states(Columns(), pool, s, step=0)]
     shares = [drawn.count(state.potential) / 2000 for state in pool]
     assert shares == pytest.approx([0.1, 0.2, 0.7], abs=0.05)
 
 
 def test_a_state_drawn_twice_sees_other_problems_the_second_time():
     s = evolve.with_presets(train.Config(states=2, k=8))
-    first, second = train.draw_rollouts(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
+    first, second = train.draw_states(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
     assert first.state is second.state and first.problems != second.problems and first.holdout == second.holdout
-    again, _ = train.draw_rollouts(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
+    again, _ = train.draw_states(Columns(), [StartState("d", "", 0.0, 0, 1.0)], s, step=0)
     assert again.problems == first.problems
 
 
@@ -276,6 +276,9 @@ class Scribe:
             return Sample(text, torch.tensor([i, j]), torch.tensor([i]), False)
 
         return [[say(chat, j) for j in range(n)] for chat in chats]
+
+    def group_logprobs(self, groups):
+        return [[torch.zeros(len(ids), requires_grad=True) for ids in responses] for _, responses in groups]
 
 
 class Numbers(Columns):
@@ -299,12 +302,10 @@ def test_prompts_samples_and_rewards_stay_aligned(monkeypatch):
         return ADVANTAGES(kind, after, before, valid, invalid_reward)
 
     monkeypatch.setattr(train, "advantages", capture)
-    monkeypatch.setattr(train, "group_logprobs", lambda model, groups: [
-        [torch.zeros(len(ids), requires_grad=True) for ids in responses] for _, responses in groups])
     order = (2, 0, 3, 1)
     states = [StartState("d", f"state {i}", i / 8, 0, 0.0) for i in order]
-    monkeypatch.setattr(train, "draw_rollouts", lambda task, pool, s, step: [
-        Rollout(state, [], task.problems("d")[8:]) for state in pool])
+    monkeypatch.setattr(train, "draw_states", lambda task, pool, s, step: [
+        EditGroup(state, [], task.problems("d")[8:]) for state in pool])
     editor = Scribe()
     editor.model = torch.nn.Linear(1, 1)
     optimizer = MasterAdamW(editor.model, lr=1.0)

@@ -113,7 +113,7 @@ def test_two_processes_leave_one_set_of_files(two):
     editor = evolve.load_model(run / "editor").model
     for weight, master in zip(editor.parameters(), checkpoint["optimizer"]["masters"], strict=True):
         assert torch.equal(weight, master)
-    assert {state["domain"] for state in checkpoint["pool"]} == {"train000", "train001", "train002"}
+    assert {state["domain"] for state in checkpoint["start_states"]} == {"train000", "train001", "train002"}
     assert json.loads((run / "results.json").read_text())["trained"]["domains"] == 1
     for words in ("Plan\n", "start states", "Saved in"):
         assert said.count(words) == 1
