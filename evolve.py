@@ -1921,8 +1921,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no scripts, and noth
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
 <title>{title}</title><meta http-equiv="Content-Security-Policy" content="{policy}"/><style>{css}</style>
-</head><body><h1>{title}</h1>{chart}<p>Line: best so far. Dots, dashed: each round's own edit. The holdout guided the
-search: trust the test split.{legend}</p>{body}</body></html>"""
+</head><body><h1>{title}</h1>{chart}<p>Line: best so far. Dots, dashed: each round's own edit.
+The holdout guided the search: trust the test split.{legend}</p>{body}</body></html>"""
 
 
 def write_report(

@@ -161,9 +161,8 @@ def train_step(
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
     line["spread"] = float(weights.max() - weights.min())  # 0: no edit was better than another
-    line["entropy"] = (
-        sum(gather_object([negative_logprobs])) / n_tokens
-    )  # E[−log p] = H, in nats per token
+    # E[−log p] = H, in nats per token.
+    line["entropy"] = sum(gather_object([negative_logprobs])) / n_tokens
     line["seconds"] = {"sample": sampled - started, "score": scored - sampled}
     line["seconds"]["learn"] = time.time() - scored
     return line | edit_figures(everyone, before, after, s.invalid_reward), groups
