@@ -932,6 +932,7 @@ class Preset:
     paper: float
     # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
     rehearsal: float
+    training: float | None = None  # the paper's kind in train.py, where it differs
 
 
 # The miniature's solver is so sure of itself that one greedy answer loses nothing; its values are tuned on dev domains.
@@ -941,18 +942,20 @@ PRESETS = {
     "k": Preset(mini=4, shop=4, paper=10, rehearsal=2),
     "holdout": Preset(mini=8, shop=6, paper=50, rehearsal=4),
     "test": Preset(mini=32, shop=12, paper=30, rehearsal=4),
-    "samples": Preset(mini=1, shop=1, paper=8, rehearsal=1),
+    # as the official code does in training
+    "samples": Preset(mini=1, shop=1, paper=8, rehearsal=1, training=1),
     "c": Preset(mini=0.3, shop=0.3, paper=2.0, rehearsal=2.0),
-    "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32),
+    # a batch waits for its longest answer: see "What a real run costs" in tests/RESULTS.md
+    "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32, training=512),
     "editor_tokens": Preset(mini=40, shop=64, paper=4096, rehearsal=64),
     "solver_temperature": Preset(mini=0.0, shop=0.0, paper=0.7, rehearsal=0.7),
     "editor_temperature": Preset(mini=0.7, shop=0.7, paper=0.7, rehearsal=0.7),
     "top_p": Preset(mini=0.8, shop=1.0, paper=0.8, rehearsal=0.8),
     "top_k": Preset(mini=20, shop=20, paper=20, rehearsal=20),
     # and in train.py
-    # 16 states and 100 steps: on one GPU a night's work, see the README (the paper: 32 and about 500)
+    # 8 states and 100 steps: on one GPU a night's work, by the same table (the paper: 32 and about 500)
     "steps": Preset(mini=120, shop=40, paper=100, rehearsal=2),
-    "states": Preset(mini=24, shop=6, paper=16, rehearsal=2),
+    "states": Preset(mini=24, shop=6, paper=8, rehearsal=2),
     "group": Preset(mini=4, shop=4, paper=4, rehearsal=2),
     "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
     "grow_every": Preset(mini=20, shop=10, paper=0, rehearsal=0),
@@ -983,10 +986,14 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
                 "No GPU here: what you do not set is a rehearsal's. Every line of code runs, "
                 "and nothing can be learned."
             )
+    training = hasattr(settings, "steps")
     filled = {}
     for each in fields(settings):
         if getattr(settings, each.name) is None:
-            filled[each.name] = getattr(PRESETS[each.name], kind)
+            preset = PRESETS[each.name]
+            filled[each.name] = getattr(preset, kind)
+            if kind == "paper" and training and preset.training is not None:
+                filled[each.name] = preset.training
     if paper_protocol and settings.test is None:
         filled["test"] = 0
     s = replace(settings, **filled)

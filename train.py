@@ -616,8 +616,6 @@ class Config(Settings):
         "", "the frozen solver: folder, hub name or http(s)://...; empty: --model's"
     )
     solver_model: str = option("", "the solver's name on its server; empty: the first it lists")
-    # Each holdout problem is answered once per edit, as in the official code; evolve.py takes 8.
-    samples: int | None = option(1, "answers per holdout problem; a score is the mean over both")
     advantage: Literal["delta", "grpo", "score", "line"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
