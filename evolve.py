@@ -111,9 +111,9 @@ def evolve_all(
     """Grow the trees of all domains {domain: tree} to `s.rounds` rounds each (Algorithm 1), and return them.
 
     All trees grow in step, so that each model call is one large batch. A round adds one node to each tree, or --edits
-    of them: so an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is solved stops,
-    unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress bar, "" shows
-    none. ValueError: method or search does not exist.
+    of them: so an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is
+    solved stops, unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress
+    bar, "" shows none. ValueError: method or search does not exist.
     """
     rule = search_rule(task, method, search)
     propose, accept = METHODS[method].propose, METHODS[method].accept
@@ -137,6 +137,7 @@ def evolve_all(
         # 3. The editor reads instructions and summary, and writes new instructions, --edits times.
         rounds = [replace(r) for r in rounds for _ in range(s.edits)]
         propose(task, editor, rounds, s)
+        reject_long(solver, [r.edit for r in rounds], s.max_instruction_tokens)
         # 4. Score them on the holdout, if they deserve it.
         accept(task, solver, rounds, s)
         # 5. Attach them to the tree, with R̄(c_1) (eq. 4). A rejected edit costs its round, and is recorded with the
@@ -304,20 +305,55 @@ def score_all(task, solver, jobs: list[Job], s: Settings) -> list[list[float]]:
 
 
 def edit_chat(
-    task, editor, instructions: str, summary: list[Answer], limit: int = 0
+    task, editor, instructions: str, summary: list[Answer], limit: int = 0, most: int = 0
 ) -> tuple[list[dict], int]:
     """The editor's chat, and how many problems were dropped from the end of the summary to fit `limit` tokens.
 
     Problems go whole, since half a query teaches nothing, and one always stays. A limit of 0 stands for three quarters
-    of what a local model reads: the rest is for writing.
+    of what a local model reads: the rest is for writing. That the new instructions may have `most` tokens is told last.
     """
     limit = limit or context_length(editor) * 3 // 4
     kept = list(summary)
-    chat = task.edit_chat(instructions, kept)
+    chat = add_budget(task, task.edit_chat(instructions, kept), most)
     while limit and len(kept) > 1 and count_tokens(editor, chat) > limit:
         kept.pop()
-        chat = task.edit_chat(instructions, kept)
+        chat = add_budget(task, task.edit_chat(instructions, kept), most)
     return chat, len(summary) - len(kept)
+
+
+def limits(s: Settings) -> tuple[int, int]:
+    """The last two arguments of `edit_chat`."""
+    return s.max_prompt_tokens, s.max_instruction_tokens
+
+
+def add_budget(task, chat: list[dict], most: int) -> list[dict]:
+    """The chat with the budget of --max-instruction-tokens, if there is one, at the end of its last message.
+
+    The miniature's editor is not told: it knows the words of the miniature and no others.
+    """
+    if not most or task.name == "mini":
+        return chat
+    told = (
+        f"\n\nThe new instructions may have at most {most} tokens (about {most * 3 // 4} words). "
+        "Longer ones are thrown away: keep what helps most."
+    )
+    return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + told}]
+
+
+def reject_long(solver, edits: list[Edit], most: int) -> None:
+    """Reject the edits of more than `most` tokens, counted as the solver reads them; 0: none is too long."""
+    for edit in edits:
+        if most and edit.valid:
+            tokens = text_tokens(solver, edit.instructions)
+            if tokens > most:
+                edit.note = f"{tokens} tokens, more than the {most} of --max-instruction-tokens"
+
+
+def text_tokens(model, text: str) -> int:
+    """Tokens of a text as a model reads it; for a remote model a quarter of the characters."""
+    if hasattr(model, "tokenizer"):
+        return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(text) // 4
 
 
 def count_tokens(model, chat: list[dict]) -> int:
@@ -374,7 +410,7 @@ def propose_lse(task, editor, rounds: list[Round], s: Settings) -> None:
     """Ask, in the task's own words, for a rewrite of the instructions."""
     chats = []
     for r in rounds:
-        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, s.max_prompt_tokens)
+        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, *limits(s))
         chats.append(chat)
     ask_for_edits(task, editor, rounds, chats, s, "prompt")
 
@@ -431,7 +467,8 @@ def propose_textgrad(task, editor, rounds: list[Round], s: Settings) -> None:
     chats = []
     for r, (critique,) in zip(rounds, critiques):
         request = REWRITE.format(r.parent.instructions, critique.text)
-        chats.append([{"role": "user", "content": request}])
+        chat = [{"role": "user", "content": request}]
+        chats.append(add_budget(task, chat, s.max_instruction_tokens))
     ask_for_edits(task, editor, rounds, chats, s, "IMPROVED_VARIABLE")
 
 
@@ -470,7 +507,7 @@ def propose_reflexion(task, editor, rounds: list[Round], s: Settings) -> None:
     """Reflexion rewrites nothing: it adds a lesson to the instructions, and forgets the oldest."""
     chats = []
     for r in rounds:
-        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, s.max_prompt_tokens)
+        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, *limits(s))
         last = {"role": chat[-1]["role"], "content": chat[-1]["content"] + "\n\n" + LESSON}
         chats.append([*chat[:-1], last])
     ask_for_edits(task, editor, rounds, chats, s, "lesson")
@@ -605,6 +642,80 @@ def final_test(
     return out
 
 
+def domain_facts(
+    task, trees: dict[str, EvolutionTree], tests: dict[str, tuple[list, list]], solver, s: Settings
+) -> dict[str, dict]:
+    """Per domain what its user should know, as it stands in results.json. Pairs are [seed's, best node's].
+
+    "tokens" are those of the instructions, as the solver reads them. "copies" counts what stands word for word in the
+    best instructions, and "near_twins" the test problems that nearly stand in the pool, too: where there are many, a
+    score may come from having seen the problems. `tests` is what `final_test` returned, {} without a test.
+    """
+    facts = {}
+    for domain, tree in trees.items():
+        parts = split_problems(task.problems(domain), s)
+        seed, best = tree.nodes[0], tree.best()
+        fact: dict[str, Any] = {"holdout": [seed.score, best.score], "test": None}
+        if domain in tests:
+            fact["test"] = [fmean(scores) for scores in tests[domain]]
+        fact["tokens"] = [text_tokens(solver, node.instructions) for node in (seed, best)]
+        seen = parts["pool"] + parts["holdout"]
+        fact["copies"] = copies(best.instructions, seed.instructions, seen)
+        fact["near_twins"] = near_twins(parts["test"], parts["pool"])
+        fact["test_problems"] = len(parts["test"])
+        fact["rounds"] = tree.rounds
+        facts[domain] = fact
+    return facts
+
+
+SHORT = 8  # a gold answer of fewer characters stands in many a text by chance
+
+
+def copies(instructions: str, seed: str, problems: list[Problem]) -> dict[str, int]:
+    """How many questions and gold answers of the problems stand word for word in instructions, and not in the seed's.
+
+    Case and spaces do not matter. Of equal ones each counts once.
+
+    >>> seen = [Problem("1", "Who wrote Emma?", "Jane Austen", "x"), Problem("2", "Who wrote Ulysses?", "Joyce", "x")]
+    >>> copies("Novels: who wrote  Emma? JANE AUSTEN. Others: Joyce.", "Answer.", seen)
+    {'questions': 1, 'answers': 1}
+    """
+    text, before = f" {plain(instructions)} ", f" {plain(seed)} "
+    counts = {"questions": 0, "answers": 0}
+    for kind, words in (
+        ("questions", {plain(p.question) for p in problems}),
+        ("answers", {plain(p.gold) for p in problems}),
+    ):
+        for each in words:
+            if len(each) >= SHORT and f" {each} " in text and f" {each} " not in before:
+                counts[kind] += 1
+    return counts
+
+
+def plain(text: str) -> str:
+    """Its words and numbers alone, in lower case, with one space between.
+
+    >>> plain("Who wrote  'Emma'?")
+    'who wrote emma'
+    """
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def near_twins(problems: list[Problem], others: list[Problem]) -> int:
+    """How many problems nearly stand among the others: both share four fifths of their words, choices included."""
+    twins = 0
+    theirs = [words_of(other) for other in others]
+    for problem in problems:
+        mine = words_of(problem)
+        twins += any(len(mine & other) >= 0.8 * len(mine | other) for other in theirs)
+    return twins
+
+
+def words_of(problem: Problem) -> set[str]:
+    """The distinct words of a problem's question and choices."""
+    return set(plain(" ".join([problem.question, *(problem.choices or ())])).split())
+
+
 def mean_error(values: list[float]) -> tuple[float, float]:
     """Mean and its standard error; nan where one value cannot tell.
 
@@ -701,6 +812,7 @@ def grow_and_test(
     trees = restore_trees(own_folder, domains, stop=False)
     if not trees:
         trees = seed_trees(task, domains, solver, s)
+        seed_outcome(solver, trees, s)  # stops where none of the answers can be used
     save = partial(save_trees, own_folder)
     bar = f"{name}, seed {s.seed}"
     evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar, stop=False)
@@ -756,6 +868,9 @@ class Settings:
     top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
     max_prompt_tokens: int = option(
         0, "longest editor prompt: problems are left out to fit; 0: what the model reads"
+    )
+    max_instruction_tokens: int = option(
+        0, "longest instructions: the editor is told, longer edits are rejected; 0: no limit"
     )
     max_batch_tokens: int = option(
         0, "rows x (prompt + new tokens) in one batch of local generation; 0: as many as fit in memory"
@@ -817,6 +932,7 @@ class Preset:
     paper: float
     # A real task on a CPU: every line of code runs, in minutes, and nothing can be learned.
     rehearsal: float
+    training: float | None = None  # the paper's kind in train.py, where it differs
 
 
 # The miniature's solver is so sure of itself that one greedy answer loses nothing; its values are tuned on dev domains.
@@ -826,18 +942,20 @@ PRESETS = {
     "k": Preset(mini=4, shop=4, paper=10, rehearsal=2),
     "holdout": Preset(mini=8, shop=6, paper=50, rehearsal=4),
     "test": Preset(mini=32, shop=12, paper=30, rehearsal=4),
-    "samples": Preset(mini=1, shop=1, paper=8, rehearsal=1),
+    # as the official code does in training
+    "samples": Preset(mini=1, shop=1, paper=8, rehearsal=1, training=1),
     "c": Preset(mini=0.3, shop=0.3, paper=2.0, rehearsal=2.0),
-    "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32),
+    # a batch waits for its longest answer: see "What a real run costs" in tests/RESULTS.md
+    "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32, training=512),
     "editor_tokens": Preset(mini=40, shop=64, paper=4096, rehearsal=64),
     "solver_temperature": Preset(mini=0.0, shop=0.0, paper=0.7, rehearsal=0.7),
     "editor_temperature": Preset(mini=0.7, shop=0.7, paper=0.7, rehearsal=0.7),
     "top_p": Preset(mini=0.8, shop=1.0, paper=0.8, rehearsal=0.8),
     "top_k": Preset(mini=20, shop=20, paper=20, rehearsal=20),
     # and in train.py
-    # 16 states and 100 steps: on one GPU a night's work, see the README (the paper: 32 and about 500)
+    # 8 states and 100 steps: on one GPU a night's work, by the same table (the paper: 32 and about 500)
     "steps": Preset(mini=120, shop=40, paper=100, rehearsal=2),
-    "states": Preset(mini=24, shop=6, paper=16, rehearsal=2),
+    "states": Preset(mini=24, shop=6, paper=8, rehearsal=2),
     "group": Preset(mini=4, shop=4, paper=4, rehearsal=2),
     "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
     "grow_every": Preset(mini=20, shop=10, paper=0, rehearsal=0),
@@ -868,10 +986,14 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
                 "No GPU here: what you do not set is a rehearsal's. Every line of code runs, "
                 "and nothing can be learned."
             )
+    training = hasattr(settings, "steps")
     filled = {}
     for each in fields(settings):
         if getattr(settings, each.name) is None:
-            filled[each.name] = getattr(PRESETS[each.name], kind)
+            preset = PRESETS[each.name]
+            filled[each.name] = getattr(preset, kind)
+            if kind == "paper" and training and preset.training is not None:
+                filled[each.name] = preset.training
     if paper_protocol and settings.test is None:
         filled["test"] = 0
     s = replace(settings, **filled)
@@ -1048,7 +1170,7 @@ def check_models(
     summary = [Answer("", p.question, p.gold, p.gold, p.gold, True) for p in problems[: s.k]]
     shown = []
     for answers in (summary[:1], summary):
-        shown.append(edit_chat(task, editor, seed, answers, s.max_prompt_tokens)[0])
+        shown.append(edit_chat(task, editor, seed, answers, *limits(s))[0])
     checks = {}
     if isinstance(solver, LocalModel):
         checks["solver"] = verify(solver, asked, new=min(32, s.solver_tokens))
@@ -1113,7 +1235,13 @@ def plan_lines(
     reply = "word " * s.solver_tokens
     summary = [Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
     asked = task.solve_chat(instructions, longest)
-    shown, _ = edit_chat(task, editor, instructions, summary, s.max_prompt_tokens)
+    shown, _ = edit_chat(task, editor, instructions, summary, *limits(s))
+    seed_tokens = text_tokens(solver, task.seed_instructions)
+    if 0 < s.max_instruction_tokens < seed_tokens:
+        raise ValueError(
+            f"The seed instructions have {seed_tokens} tokens, more than --max-instruction-tokens "
+            f"{s.max_instruction_tokens}: no edit of them would fit."
+        )
     lines = [
         f"{'':8}{'up to':>12}{'tokens to read':>18}{'tokens to write':>18}{'weights':>12}   model",
         plan_row("solver", solver, asked, answers, s.solver_tokens, s),
@@ -1412,8 +1540,7 @@ def restore_trees(
 
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
-    remote = "://" in s.solver and "://" in s.editor
-    s = with_presets(s, remote)
+    s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
     task = load_task(s.task, s.data or None)
     out = Path(s.out or f"{run_folder(s.task)}-evolve")
     domains = pick_domains(task, s.domains)
@@ -1439,12 +1566,12 @@ def main(s: Config) -> None:
 
     def save(trees: dict[str, EvolutionTree]) -> None:
         save_trees(out / "trees", trees)
-        edit_outcome(editor, trees, s, remote)
+        edit_outcome(editor, trees, s)
 
     if not trees:
         started = time.time()
         trees = seed_trees(task, domains, solver, s)
-        print(seed_outcome(solver, trees, s, remote), flush=True)
+        print(seed_outcome(solver, trees, s), flush=True)
         save(trees)  # from here on, a kill costs a round at most
         left = count_calls(len(trees), s)[0] - solver.usage.answers
         print(pace_text(solver, time.time() - started, left), flush=True)
@@ -1467,12 +1594,16 @@ def finish(
     results: dict[str, Any] = {"config": asdict(s)}
     results["instructions"] = {domain: tree.best().instructions for domain, tree in trees.items()}
     results["holdout"] = gains(holdout)
+    tests = {}
     if s.test:
-        results["test"] = gains(final_test(task, trees, solver, s))
+        tests = final_test(task, trees, solver, s)
+        results["test"] = gains(tests)
+    results["domains"] = domain_facts(task, trees, tests, solver, s)
     results |= account(trees, solver, editor, checks)
     save_text(out / "results.json", json.dumps(results, indent=1))
     shown = dict(list(trees.items())[:20])
-    write_report(out / "report.html", shown, f"{s.task}: {s.method}")
+    notes = {domain: facts_text({domain: results["domains"][domain]}) for domain in shown}
+    write_report(out / "report.html", shown, f"{s.task}: {s.method}", notes)
 
     printed = list(trees) if len(trees) <= 3 else list(trees)[:1]
     for domain in printed:
@@ -1484,6 +1615,7 @@ def finish(
     print(gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over))
     if s.test:
         print(gain_text("Test (never touched before)", results["test"], over))
+    print(facts_text(results["domains"]))
     print(account_text(results, s))
     print(f"Saved in {out}: trees/, results.json, report.html.")
 
@@ -1522,7 +1654,7 @@ def account_text(results: dict, s: Settings) -> str:
 
 
 def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
-    """What a user should know of the ends of the trees: which kept the seed instructions, and which stopped early."""
+    """What a user should know of the trees' ends: which kept the seed instructions, and which stopped early."""
     kept = [printable(domain) for domain, tree in trees.items() if tree.best().id == 0]
     stopped = [printable(d) for d, tree in trees.items() if solved(tree) and tree.rounds < s.rounds]
     lines = []
@@ -1537,6 +1669,21 @@ def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
             "whole holdout right at every sample, and nothing can beat it."
         )
     return lines
+
+
+def facts_text(facts: dict[str, dict]) -> str:
+    """What `domain_facts` found, over all domains, in two lines."""
+    seed, best = (fmean(fact["tokens"][i] for fact in facts.values()) for i in (0, 1))
+    rounds = fmean(fact["rounds"] for fact in facts.values())
+    questions = sum(fact["copies"]["questions"] for fact in facts.values())
+    answers = sum(fact["copies"]["answers"] for fact in facts.values())
+    twins = sum(fact["near_twins"] for fact in facts.values())
+    tested = sum(fact["test_problems"] for fact in facts.values())
+    return (
+        f"Instructions, mean over domains: {seed:.0f} -> {best:.0f} tokens; rounds used: {rounds:.1f}\n"
+        f"Copied word for word into the best instructions: {questions} questions, {answers} gold answers. "
+        f"Test problems with a near-twin in their pool: {twins} of {tested}."
+    )
 
 
 def cost(usage: Usage) -> dict[str, int]:
@@ -1582,7 +1729,7 @@ def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
     return ""
 
 
-def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings, remote: bool = False) -> str:
+def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings) -> str:
     """How the answers under the seed instructions turned out, and what helps if most are lost.
 
     SystemExit if not one can be used: the run would go on for hours and learn nothing.
@@ -1596,13 +1743,14 @@ def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings, remote: b
     if all(tree.nodes[0].score == 0 for tree in trees.values()):
         # not every grader says that it could read nothing
         lost = max(lost, counted["failed"] + counted["cut"])
-    stop_if_lost("solver", lost, counted, s, remote)
+    stop_if_lost("solver", solver, lost, s)
     if counted["read leniently"]:
-        text += f" Of the rest {counted['read leniently']:,} lack the form that was asked for, and were read."
+        lenient = counted["read leniently"]
+        text += f" Of the rest {lenient:,} lack the form that was asked for, and were read."
     return f"{text} {remedy('solver', counted, s)}".strip()
 
 
-def edit_outcome(editor, trees: dict[str, EvolutionTree], s: Settings, remote: bool = False) -> str:
+def edit_outcome(editor, trees: dict[str, EvolutionTree], s: Settings) -> str:
     """What helps if most edits are lost, and one of them; "" if they are not.
 
     SystemExit, with the same, if not one can be used, of ten or more.
@@ -1611,7 +1759,7 @@ def edit_outcome(editor, trees: dict[str, EvolutionTree], s: Settings, remote: b
     example = rejected_edit(trees)
     if counted["answers"] >= 10:
         lost = counted["failed"] + counted["unreadable"]
-        stop_if_lost("editor", lost, counted, s, remote, example)
+        stop_if_lost("editor", editor, lost, s, example)
     advice = remedy("editor", counted, s)
     return advice + example if advice else ""
 
@@ -1626,17 +1774,16 @@ def rejected_edit(trees: dict[str, EvolutionTree]) -> str:
     return ""
 
 
-def stop_if_lost(
-    role: str, lost: int, counted: dict[str, int], s: Settings, remote: bool, example: str = ""
-) -> None:
+def stop_if_lost(role: str, model, lost: int, s: Settings, example: str = "") -> None:
     """SystemExit, with what helps, if all that a model has been asked for is lost. A rehearsal goes on."""
+    counted = cost(model.usage)
+    remote = not isinstance(model, LocalModel)
     if 0 < counted["answers"] <= lost and not is_rehearsal(s, remote):
-        raise SystemExit(
-            "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, {cut:,} cut off, "
-            "{unreadable:,} with nothing to read), so the run stops here. ".format(role=role, **counted)
-            + remedy(role, counted, s)
-            + example
-        )
+        text = (
+            "Not one of the {role}'s {answers:,} responses can be used ({failed:,} failed, "
+            "{cut:,} cut off, {unreadable:,} with nothing to read), so the run stops here."
+        ).format(role=role, **counted)
+        raise SystemExit(f"{text} {remedy(role, counted, s)}{example}")
 
 
 def total(usages: list[Usage]) -> Usage:
@@ -1773,20 +1920,28 @@ def printable(text: str) -> str:
 CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:56rem;padding:1rem;font:16px sans-serif}
 body,pre{overflow-wrap:anywhere}pre{background:#8882;margin:0;padding:.6rem;white-space:pre-wrap}
 figure{overflow-x:auto;margin:0}text,circle{fill:currentColor;font-size:13px}.rejected{fill:Canvas}
-circle,.way,.line{stroke:currentColor}path{fill:none;stroke:#888}.way,.line{stroke-width:3}.c4{color:#888}
+circle,.way,.line,.thin{stroke:currentColor}path{fill:none;stroke:#888}.way,.line{stroke-width:3}
+.thin{opacity:.6;stroke-dasharray:3 3}.c4{color:#888}
 .c0{color:#0072b2}.c1{color:#d55e00}.c2{color:#009e73}.c3{color:#cc79a7}ins{background:#0072b255}
 del{background:#d55e0055}"""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no scripts, and nothing is loaded
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
 <title>{title}</title><meta http-equiv="Content-Security-Policy" content="{policy}"/><style>{css}</style>
-</head><body><h1>{title}</h1>{chart}<p>Line: best so far. Dot: each round's own edit. The holdout guided the
-search: trust the test split.{legend}</p>{body}</body></html>"""
+</head><body><h1>{title}</h1>{chart}<p>Line: best so far. Dots, dashed: each round's own edit.
+The holdout guided the search: trust the test split.{legend}</p>{body}</body></html>"""
 
 
-def write_report(path: Path, runs: dict[str, EvolutionTree], title: str = "Evolution") -> None:
+def write_report(
+    path: Path,
+    runs: dict[str, EvolutionTree],
+    title: str = "Evolution",
+    notes: dict[str, str] | None = None,
+    log: list[dict] | None = None,
+) -> None:
     """One self-contained page on `runs`, label -> tree: the runs side by side, then each with all its nodes.
 
+    `notes` are remarks on some of the runs, by label. `log` holds the lines of log.jsonl where there was training.
     Should hostile text ever get past `esc`, the policy in the page's head still forbids the browser to run or fetch
     anything.
     """
@@ -1802,11 +1957,20 @@ def write_report(path: Path, runs: dict[str, EvolutionTree], title: str = "Evolu
             body += "<p>Nothing beat the seed instructions: they are the best.</p>"
         if solved(tree):
             body += "<p>The best node answers its whole holdout right, at every sample.</p>"
+        for line in (notes or {}).get(label, "").splitlines():
+            body += f"<p>{esc(line)}</p>"
         body += f"<h3>Best instructions (#{best.id})</h3><pre>{esc(best.instructions)}</pre>"
+        newest = [node for node in tree.nodes if node.score is not None][-1]
+        if newest is not best:
+            body += f"<h3>Newest instructions (#{newest.id}, {newest.score:.3f})</h3>"
+            body += f"<pre>{esc(newest.instructions)}</pre>"
         body += "<h3>All nodes</h3>"
         for node in tree.nodes:
             body += node_html(tree, node, f"t{k}")
-    parts = {"title": esc(title), "chart": chart_svg(list(runs.values()))}
+    chart = chart_svg(list(runs.values()))
+    if log:
+        chart = f"<h2>Training</h2>{training_svg(log)}<h2>Evolution</h2>{chart}"
+    parts = {"title": esc(title), "chart": chart}
     page = PAGE.format(policy=POLICY, css=CSS, legend=legend, body=body, **parts)
     save_text(Path(path), page)
 
@@ -1823,7 +1987,8 @@ def esc(value: object) -> str:
 
 
 def chart_svg(trees: list[EvolutionTree]) -> str:
-    """Holdout score over the rounds: per tree a line for the best so far, and a dot for each round's own edit.
+    """Holdout score over the rounds: per tree a line for the best so far, and a dot for each edit. A thin line
+    joins the dots: it is what the user of a chain has, who takes the newest instructions.
 
     x runs from 50 to 350 over the rounds, y from 190 up to 10 over the scores. A line is a link to its tree.
     """
@@ -1835,16 +2000,44 @@ def chart_svg(trees: list[EvolutionTree]) -> str:
     out += f'<text x="350" y="215" text-anchor="end">round {rounds}</text>'
     out += f'<text x="10" y="195">{low:.2f}</text><text x="10" y="15">{high:.2f}</text>'
     for k, tree in enumerate(trees):
-        best_so_far = low
-        line, dots = "M", ""
+        best_so_far = newest = low
+        line = thin = "M"
+        dots = ""
         for i, node in enumerate(tree.nodes):
             x = 50 + 300 * i / rounds
-            if node.score is not None:  # a rejected edit leaves the line where it is
-                best_so_far = max(best_so_far, node.score)
-                dots += f'<circle cx="{x:.1f}" cy="{190 - scale * (node.score - low):.1f}" r="4"/>'
+            if node.score is not None:  # a rejected edit leaves the lines where they are
+                newest = node.score
+                best_so_far = max(best_so_far, newest)
+                dots += f'<circle cx="{x:.1f}" cy="{190 - scale * (newest - low):.1f}" r="4"/>'
             line += f"{x:.1f} {190 - scale * (best_so_far - low):.1f} "
-        out += f'<a class="c{k % 5}" href="#t{k}"><path class="line" d="{line}"/>{dots}</a>'
+            thin += f"{x:.1f} {190 - scale * (newest - low):.1f} "
+        out += f'<a class="c{k % 5}" href="#t{k}"><path class="line" d="{line}"/>'
+        out += f'<path class="thin" d="{thin}"/>{dots}</a>'
     return f'<svg viewBox="0 0 360 220" style="max-width:34rem" role="img">{out}</svg>'
+
+
+def training_svg(log: list[dict]) -> str:
+    """Reward, and the shares of edits that are better and valid, over the steps of training; means over ten steps.
+
+    x runs from 50 to 350 over the steps, y from 190 up to 10 over the values.
+    """
+    curves: dict[str, list[float]] = {}
+    for name in ("reward", "better", "valid"):
+        values = [line[name] or 0.0 for line in log]
+        starts = range(0, len(values), 10)
+        curves[name] = [fmean(values[start : start + 10]) for start in starts]
+    low = min(0.0, *curves["reward"])
+    out = '<path d="M50 10V190H350"/><text x="50" y="215">step 1</text>'
+    out += f'<text x="350" y="215" text-anchor="end">step {len(log)}</text>'
+    out += f'<text x="10" y="195">{low:.2f}</text><text x="10" y="15">1.00</text>'
+    for k, (name, values) in enumerate(curves.items()):
+        line = "M"
+        for i, value in enumerate(values):
+            x = 50 + 300 * i / max(1, len(values) - 1)
+            line += f"{x:.1f} {190 - 180 * (value - low) / (1 - low):.1f} "
+        y = 186 - 180 * (values[-1] - low) / (1 - low)
+        out += f'<g class="c{k}"><path class="line" d="{line}"/><text x="355" y="{y:.1f}">{name}</text></g>'
+    return f'<svg viewBox="0 0 420 220" style="max-width:40rem" role="img">{out}</svg>'
 
 
 def tree_svg(tree: EvolutionTree, name: str) -> str:

@@ -958,7 +958,9 @@ def cheap_filters(options: dict[str, Any]) -> dict[str, Any]:
 # Sampling: how many rows at once
 # ---------------------------------------------------------------------------------------------------------------------
 
-MOST_READ_TWICE = 32768  # tokens that may be computed for each prompt anew, to make one batch of two
+# Tokens that may be computed for each prompt anew, to make one batch of two: on a GPU a batch less saves a quarter of a
+# minute, in which 500,000 tokens are read.
+MOST_READ_TWICE = {"cpu": 32768, "cuda": 500_000}
 ROOM_ON_CPU = 2 * 10**9  # bytes: modest on any machine
 
 
@@ -990,6 +992,7 @@ def batches(
     memory.
     """
     room = bytes_free(model)
+    most_read_twice = MOST_READ_TWICE["cpu" if model.device.type == "cpu" else "cuda"]
 
     def fits(crowd: Crowd) -> bool:
         if max_batch_tokens:
@@ -1004,7 +1007,7 @@ def batches(
         read_twice = (crowd.prefix - larger.prefix) * (crowd.prompts - 1)
         if not share:
             read_twice = 0  # nothing is common to lose
-        if out and fits(larger) and read_twice <= MOST_READ_TWICE:
+        if out and fits(larger) and read_twice <= most_read_twice:
             out[-1] += waiting
             crowd = larger
             continue

@@ -120,6 +120,7 @@ def train_step(
     drawn = editor.sample(chats, n=s.group, max_new_tokens=s.editor_tokens)
     for group, samples in zip(groups, drawn):
         group.edits = [evolve.read_edit(task, sample) for sample in samples]
+        evolve.reject_long(solver, group.edits, s.max_instruction_tokens)
     sampled = time.time()
 
     # 4. Scores: R̄(c_1) on the holdout that also scored c_0. An edit that cannot be read is not scored.
@@ -160,9 +161,8 @@ def train_step(
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
     line["spread"] = float(weights.max() - weights.min())  # 0: no edit was better than another
-    line["entropy"] = (
-        sum(gather_object([negative_logprobs])) / n_tokens
-    )  # E[−log p] = H, in nats per token
+    # E[−log p] = H, in nats per token.
+    line["entropy"] = sum(gather_object([negative_logprobs])) / n_tokens
     line["seconds"] = {"sample": sampled - started, "score": scored - sampled}
     line["seconds"]["learn"] = time.time() - scored
     return line | edit_figures(everyone, before, after, s.invalid_reward), groups
@@ -187,7 +187,7 @@ def editor_chat(task, editor, group: EditGroup, s: Config) -> list[dict]:
     """What the editor reads, (c_0, S_0); problems that do not fit into its prompt are counted."""
     instructions = group.state.instructions
     chat, group.dropped = evolve.edit_chat(
-        task, editor, instructions, group.summary, s.max_prompt_tokens
+        task, editor, instructions, group.summary, *evolve.limits(s)
     )
     return chat
 
@@ -491,11 +491,14 @@ def evaluate(
     bar = progress if accelerator.is_main_process else ""
     evolve.evolve_all(task, trees, solver, editor, s, s.search, progress=bar)
     tests = evolve.final_test(task, trees, solver, s)
+    facts = evolve.domain_facts(task, trees, tests, solver, s)
     seed_scores: list[float] = []
     best_scores: dict[str, float] = {}
     all_trees = {}
-    for part_trees, part_tests in gather_object([(trees, tests)]):
+    all_facts = {}
+    for part_trees, part_tests, part_facts in gather_object([(trees, tests, facts)]):
         all_trees |= part_trees
+        all_facts |= part_facts
         for domain, (seed, best) in part_tests.items():
             seed_scores.append(fmean(seed))
             best_scores[domain] = fmean(best)
@@ -507,6 +510,7 @@ def evaluate(
         "seed_instructions": fmean(seed_scores),
         "holdout_best": fmean(tree.best().score for tree in all_trees.values()),
         "scores": best_scores,
+        "by_domain": all_facts,
     }
     return results, all_trees
 
@@ -528,13 +532,14 @@ def paired_gain(before: dict[str, float], after: dict[str, float]) -> dict:
     }
 
 
-def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
+def finish(results: dict, trees_before: dict, trees: dict, log: list[dict], out: Path) -> None:
     """Save, then say what came out: one tree, the table of before and after, what the edits were worth."""
     evolve.save_text(out / "results.json", json.dumps(results, indent=1))
     evolve.save_trees(out / "trees", trees)
     domain, tree = next(iter(trees.items()))
     pair = {"untrained editor": trees_before[domain], "trained editor": tree}
-    evolve.write_report(out / "report.html", pair, f"Self-evolution on {domain}")
+    title = f"Self-evolution on {domain}"
+    evolve.write_report(out / "report.html", pair, title, log=log)
     print(
         f"\nThe evolution of {evolve.printable(domain)} with the trained editor (* leads to the best node)\n"
         f"{evolve.tree_text(tree)}\nIts best instructions:\n"
@@ -555,6 +560,7 @@ def finish(results: dict, trees_before: dict, trees: dict, out: Path) -> None:
     if is_usual_run(results["config"]):
         print(f"  {EXPECT}")
     print(worth_of_edits(trees))
+    print(evolve.facts_text(trained["by_domain"]))
     print(evolve.account_text(results, Config(**results["config"])))
     if results["skipped_steps"]:
         print(f"{results['skipped_steps']} steps were skipped: no finite gradient.")
@@ -610,8 +616,6 @@ class Config(Settings):
         "", "the frozen solver: folder, hub name or http(s)://...; empty: --model's"
     )
     solver_model: str = option("", "the solver's name on its server; empty: the first it lists")
-    # Each holdout problem is answered once per edit, as in the official code; evolve.py takes 8.
-    samples: int | None = option(1, "answers per holdout problem; a score is the mean over both")
     advantage: Literal["delta", "grpo", "score", "line"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
@@ -702,16 +706,16 @@ def memory_free() -> int:
 def count_calls(s: Config, train: int, test: int) -> tuple[int, int]:
     """Responses that solver and editor are asked for at most, with `train` and `test` domains."""
     score = s.holdout * s.samples  # answers to score one version of the instructions
-    per_round = s.k + score
+    per_round = s.k + s.edits * score
     growths = 1 + (s.steps - 1) // s.grow_every if s.grow_every else 1
     grown = train * growths  # trees
     answers = grown * (score + s.grow_rounds * per_round)
-    edits = grown * s.grow_rounds
+    edits = grown * s.grow_rounds * s.edits
     answers += s.states * score  # the noise of the reward
     answers += s.steps * s.states * (s.k + s.group * score)
     edits += s.steps * s.states * s.group
     answers += 2 * test * (score + s.rounds * per_round + 2 * s.test * s.samples)
-    edits += 2 * test * s.rounds
+    edits += 2 * test * s.rounds * s.edits
     return answers, edits
 
 
@@ -847,7 +851,7 @@ def main(s: Config) -> dict | None:
     editor.usage = evolve.total(gather_object([editor.usage, base.usage]))
     results |= evolve.account(trees, solver, editor, checks)
     if accelerator.is_main_process:
-        finish(results, trees_before, trees, out)
+        finish(results, trees_before, trees, progress.lines, out)
     accelerator.end_training()
     return results
 

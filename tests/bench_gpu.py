@@ -38,7 +38,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import data
 import evolve
 import train
-from lse import LocalModel, MasterAdamW, group_logprobs, plain_logprobs, plain_sample, policy_loss
+from lse import LocalModel, MasterAdamW, plain_logprobs, plain_sample, policy_loss
 from train import StartState
 
 GB = 1e9
@@ -176,8 +176,8 @@ class Watched(LocalModel):
         self.written.append(self.usage.tokens_written - before)
         return out
 
-    def draw_batch(self, rows, options):
-        out = super().draw_batch(rows, options)
+    def draw_rows(self, rows, options):
+        out = super().draw_rows(rows, options)
         self.rows.append(len(rows))
         return out
 
@@ -489,7 +489,7 @@ def learn_row(bench: Bench, group: tuple, shared: bool, checkpointing: bool) -> 
     def learn() -> None:
         model.train(checkpointing)  # in eval mode nothing is computed again
         if shared:
-            [logps] = group_logprobs(model, [group])
+            [logps] = bench.editor.group_logprobs([group])
         else:
             logps = plain_logprobs(model, prompt, responses)
         policy_loss(logps, [1.0, -1.0, 0.5, -0.5], count).backward()
@@ -661,7 +661,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2560, help="another width makes everything small")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--seconds", type=float, default=0, help="after that nothing new begins; 0: 480, small 120")
+    parser.add_argument("--seconds", type=float, default=0, help="after that nothing new begins; 0: 480, small 180")
     parser.add_argument("--states", type=int, default=0, help="of the whole step; 0: what fits in the time, up to 16")
     parser.add_argument("--spread", action="store_true", help="answers of the step end at random, after 300 on average")
     parser.add_argument("--profile", action="store_true", help="show where a decoding step's time goes")
@@ -672,7 +672,7 @@ def main() -> None:
         raise SystemExit("No GPU here: --hidden 512 --layers 4 shows that everything works.")
     sizes, seconds = Sizes(layers=args.layers), 480.0
     if args.hidden != 2560:
-        sizes, seconds = small_sizes(args.hidden, args.layers), 120.0
+        sizes, seconds = small_sizes(args.hidden, args.layers), 180.0
     device = torch.device("cuda:0" if gpu else "cpu")
     torch.manual_seed(0)
     tokenizer = word_tokenizer(sizes.vocabulary)

@@ -579,7 +579,16 @@ def test_every_setting_left_open_has_a_preset() -> None:
     unset = {name for name, value in asdict(train.Config()).items() if value is None}
     assert unset == evolve.PRESETS.keys() and {"k", "steps"} <= unset
     kinds = [asdict(preset) for preset in evolve.PRESETS.values()]
-    assert all(list(kind) == ["mini", "shop", "paper", "rehearsal"] for kind in kinds)
+    assert all(list(kind) == ["mini", "shop", "paper", "rehearsal", "training"] for kind in kinds)
+
+
+def test_training_has_smaller_values_of_the_papers_kind(monkeypatch) -> None:
+    """One answer per problem and short ones, as a step must end; the search at test time takes the paper's."""
+    monkeypatch.setattr(evolve, "is_rehearsal", lambda *_: False)
+    learn = evolve.with_presets(train.Config(task="bird"))
+    search = evolve.with_presets(evolve.Config(task="bird"))
+    assert (learn.samples, learn.solver_tokens, learn.holdout) == (1, 512, 50)
+    assert (search.samples, search.solver_tokens, search.holdout) == (8, 2048, 50)
 
 
 @pytest.mark.parametrize("change", [

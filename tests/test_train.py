@@ -111,7 +111,7 @@ def test_what_to_expect_is_said_of_the_usual_run_alone(run, tmp_path, capsys, se
     results = json.loads((run[0] / "results.json").read_text())
     config = asdict(evolve.with_presets(train.Config())) | settings
     trees = {"test000": EvolutionTree.load(run[0] / "trees" / "test000.json", data.Answer)}
-    train.finish(results | {"config": config}, trees, trees, tmp_path)
+    train.finish(results | {"config": config}, trees, trees, [], tmp_path)
     assert (train.EXPECT in capsys.readouterr().out) == shown
 
 
