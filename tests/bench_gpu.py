@@ -2,7 +2,7 @@
 
     python tests/bench_gpu.py                             under 8 minutes on one card of 80 GB; prints tables
     python tests/bench_gpu.py --profile                   at the end, where the time of a decoding step goes
-    python tests/bench_gpu.py --states 16                 the whole default step, however long it takes
+    python tests/bench_gpu.py --states 8                  the whole default step, however long it takes
     python tests/bench_gpu.py --hidden 512 --layers 4     everything small, also on a CPU: about two minutes
 
 Five sections: sampling, reading prompts (prefill), the learner, the optimizer, and one whole `train_step`, with editor
@@ -47,7 +47,7 @@ GOAL_EDIT = 300  # tokens/s, 16 rows behind 16k
 GOAL_EDIT_PEAK = 60  # GB
 GOAL_OPTIMIZER = 5  # seconds a step
 GOAL_STEP = 600  # seconds, the whole default step
-DEFAULT_STATES = 16  # of the preset
+DEFAULT_STATES = int(evolve.PRESETS["states"].paper)
 # Until when a section may begin a measurement, as a share of --seconds. The whole step has the rest.
 SHARES = {"sampling": 0.35, "prefill": 0.4, "learner": 0.6, "optimizer": 0.75, "step": 1.0}
 
@@ -67,7 +67,7 @@ class Sizes:
     question: int = 512
     edit_prompt: int = 16_384
     answer: int = 300  # tokens of the solver's answer, in the whole step
-    longest_answer: int = 2048  # with --spread
+    longest_answer: int = 512  # with --spread, the preset of training
     edit: int = 500  # tokens of an edit, in the whole step
     new: int = 64  # new tokens of a measurement of sampling
     learned: int = 512  # tokens of a response that is learned from
@@ -91,7 +91,7 @@ def small_sizes(hidden: int, layers: int) -> Sizes:
         question=32,
         edit_prompt=1024,
         answer=18,
-        longest_answer=128,
+        longest_answer=32,
         edit=32,
         new=16,
         learned=32,
@@ -662,7 +662,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2560, help="another width makes everything small")
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=0, help="after that nothing new begins; 0: 480, small 180")
-    parser.add_argument("--states", type=int, default=0, help="of the whole step; 0: what fits in the time, up to 16")
+    parser.add_argument("--states", type=int, default=0, help="of the whole step; 0: what fits in the time, up to 8")
     parser.add_argument("--spread", action="store_true", help="answers of the step end at random, after 300 on average")
     parser.add_argument("--profile", action="store_true", help="show where a decoding step's time goes")
     args = parser.parse_args()

@@ -35,9 +35,9 @@ def test_every_table_is_filled_and_the_whole_step_is_the_default_one(bench) -> N
     for name in ("Sampling", "Reading the prompts", "Learner", "MasterAdamW", "One whole train_step", "Profile"):
         assert f"### {name}" in out
     assert "Error" not in out and "left out" not in out and "memory |" not in out and "–" not in out
-    assert "16 states x 4 edits x 3 problems x 1 answer" in out
-    # 16 states: k answers of 3 tokens for the summary, 4 edits of 6 tokens, 3 answers to score each
-    for part in (f"| {16 * 2 * 3} |", f"| {16 * 4 * 6} |", f"| {16 * 4 * 3 * 3} |", f"| {16 * 4 * 6} learned |"):
+    assert "8 states x 4 edits x 3 problems x 1 answer" in out
+    # 8 states: k answers of 3 tokens for the summary, 4 edits of 6 tokens, 3 answers to score each
+    for part in (f"| {8 * 2 * 3} |", f"| {8 * 4 * 6} |", f"| {8 * 4 * 3 * 3} |", f"| {8 * 4 * 6} learned |"):
         assert part in out
 
 
