@@ -754,7 +754,8 @@ Think briefly, then end with {GRADERS[problem.grader]} in tags, as in {example}.
         answer = untagged_answer(problem, response)
         if answer is None:
             return Grade(False, "", "There is no closed pair of <answer> tags.", readable=False)
-        return replace(grade_answer(problem, answer), lenient=True)
+        grade = grade_answer(problem, answer)
+        return replace(grade, lenient=grade.readable)
 
     def edit_chat(self, instructions: str, summary: Summary) -> Chat:
         """See `edit_messages`."""

@@ -50,7 +50,7 @@ from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser
 from transformers.utils import cached_file
 
 from data import Answer, Problem, extract_tag, load_task, shorten
@@ -1058,6 +1058,9 @@ def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto")
     try:
         place, file = checkpoint_place(str(name))
         tokenizer = AutoTokenizer.from_pretrained(place, **file)
+        options: dict[str, Any] = dict(file)
+        if file:  # as ordinary weights: packed ones could be neither trained nor saved
+            options["quantization_config"] = GgufConfig(**file, dequantize=True)
         # half a download: transformers makes an empty one without a word
         if not tokenizer("a")["input_ids"]:
             raise ValueError("its tokenizer files are missing")
@@ -1065,8 +1068,8 @@ def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto")
         wanted = dtype
         if dtype == "auto":
             wanted = "bfloat16" if gpu else "float32"
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, wanted), **file)
-        forget_quantization(model)
+        options["dtype"] = getattr(torch, wanted)
+        model = AutoModelForCausalLM.from_pretrained(place, **options)
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
             if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
@@ -1103,16 +1106,6 @@ def checkpoint_place(name: str) -> tuple[str, dict[str, str]]:
     if find_spec("gguf") is None:
         raise ValueError("to read a GGUF file, `pip install gguf`")
     return str(path.parent), {"gguf_file": path.name}
-
-
-def forget_quantization(model) -> None:
-    """Weights from a GGUF file are ordinary ones by now, but transformers would refuse to save them as quantized."""
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized = False
 
 
 def twin(model):
@@ -1395,11 +1388,12 @@ def save_model(model: LocalModel, folder: Path) -> None:
 
 
 def source_folder(name: str) -> Path | None:
-    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here."""
+    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here; a GGUF."""
     try:
-        return Path(cached_file(name, "config.json", local_files_only=True)).parent
+        file = cached_file(name, "config.json", local_files_only=True)
     except OSError:
         return None
+    return Path(file).parent if file else None  # a folder may hold a GGUF file alone
 
 
 def spell_for_old_readers(folder: Path) -> None:

@@ -802,22 +802,24 @@ class RowLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Level:
         """One more token: keys and values (R, h, 1, d)."""
-        keys, values = key_states, value_states
+        self.rows, heads = key_states.shape[:2]
         if self.used == 0:
-            self.rows = len(keys)
-            self.keys = keys.new_empty(keys.shape[1] * self.rows, 0, keys.shape[3])  # (h x R, room, d)
-            self.values = values.new_empty(values.shape[1] * self.rows, 0, values.shape[3])
+            self.keys = key_states.new_empty(heads * self.rows, 0, key_states.shape[3])  # (h x R, room, d)
+            self.values = value_states.new_empty(heads * self.rows, 0, value_states.shape[3])
         room = self.keys.shape[1]
         if self.used == room:
             # For as much again: copied log2(T) times, and never much more than what is used.
             more = min(max(32, room), max(1, self.new - room))
             self.keys = F.pad(self.keys, (0, 0, 0, more))
             self.values = F.pad(self.values, (0, 0, 0, more))
-        self.keys[:, self.used] = keys.transpose(0, 1).flatten(0, 2)
-        self.values[:, self.used] = values.transpose(0, 1).flatten(0, 2)
+            # Views in the order in which tokens come, (room, R, h, d).
+            self.key_slots = self.keys.unflatten(0, (heads, self.rows)).permute(2, 1, 0, 3)
+            self.value_slots = self.values.unflatten(0, (heads, self.rows)).permute(2, 1, 0, 3)
+        self.key_slots[self.used] = key_states.squeeze(2)
+        self.value_slots[self.used] = value_states.squeeze(2)
         self.used += 1
         self.ignored = True
-        return handed_out(self, keys, values)
+        return handed_out(self, key_states, value_states)
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """(R, heads, 1, d) -> (R, heads, 1, d), one softmax over the three levels."""
@@ -877,8 +879,11 @@ def levels_attention(
 
 def strange_settings(settings: dict[str, Any], known: Sequence[str] = ()) -> list[str]:
     """The names of those that may change what attention gives, in a way that is not known here."""
-    harmless = HARMLESS.union(known)
-    return [name for name in settings if name not in harmless and settings[name] is not None]
+    strange = []
+    for name, value in settings.items():
+        if value is not None and name not in HARMLESS and name not in known:
+            strange.append(name)
+    return strange
 
 
 AttentionInterface.register("levels", levels_attention)  # and no mask function: no mask is built

@@ -8,9 +8,9 @@ A run trains an editor as train.py does, and appends two things when it is over:
 accuracy as train.py reports it, and the same on the dev domains, by which settings are chosen) and one for every ten
 steps to results/learning.csv (the mean reward, the shares of edits better and valid, and four times in a run the
 accuracy on the first 16 test domains). Runs that are in penalty.csv already are not repeated, so it can be stopped and
-started again. Base 0 is the committed one; the others are made by miniature/make_base.py in --folder, if need be.
+started again. Base 0 is the committed one; others are made by miniature/make_base.py in --folder if they are missing.
 
-A run takes about a minute of one core. Nothing here is needed to use the four files.
+A run takes one to three minutes of one core. Nothing here is needed to use the four files.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def test_grading_never_raises_and_is_right_only_for_the_gold_answer(text: str):
     tagged = extract_tag(text, "answer")
     assert grade.correct or grade.feedback and "\n" not in grade.feedback
     if tagged is None:
-        assert grade.lenient == grade.readable and grade.lenient == (untagged_answer(problem, text) is not None)
+        assert grade.lenient == grade.readable == (untagged_answer(problem, text) is not None)
     else:
         assert not grade.lenient and grade.correct == (read_letter(tagged, 4) == "B")
         assert grade.readable == (read_letter(tagged, 4) is not None)
