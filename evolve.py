@@ -1397,9 +1397,10 @@ def save_model(model: LocalModel, folder: Path) -> None:
 def source_folder(name: str) -> Path | None:
     """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here."""
     try:
-        return Path(cached_file(name, "config.json", local_files_only=True)).parent
+        file = cached_file(name, "config.json", local_files_only=True)
     except OSError:
         return None
+    return Path(file).parent if file else None  # a folder may hold a GGUF file alone
 
 
 def spell_for_old_readers(folder: Path) -> None:

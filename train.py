@@ -137,8 +137,7 @@ def train_step(
     scored = time.time()
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
     after = torch.tensor([each.after for each in everyone])  # (N, G)
-    valid = ~after.isnan()
-    weights = advantages(s.advantage, after, before, valid, s.invalid_reward)  # (N, G)
+    weights = advantages(s.advantage, after, before, ~after.isnan(), s.invalid_reward)  # (N, G)
     my_weights = weights.chunk(processes)[rank]  # (N / processes, G)
 
     # 6. Loss and step. The log-probs of the edits are computed again, differentiably, a few groups at a time: their

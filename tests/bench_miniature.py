@@ -5,10 +5,10 @@
     python tests/bench_miniature.py --reward tests/miniature/base   the delta as a function of the score before
 
 A run trains an editor as train.py does, and appends two things when it is over: a line to results/penalty.csv (test
-accuracy as train.py reports it, and the same on the dev domains, by which settings are chosen) and twelve to
-results/learning.csv (every ten steps the mean reward, the shares of edits better and valid; every 30 steps the accuracy
-on the first 16 test domains). Runs that are in penalty.csv already are not repeated, so it can be stopped and started
-again. Base 0 is the committed one; others are made by miniature/make_base.py in --folder where they are missing.
+accuracy as train.py reports it, and the same on the dev domains, by which settings are chosen) and one for every ten
+steps to results/learning.csv (the mean reward, the shares of edits better and valid, and four times in a run the
+accuracy on the first 16 test domains). Runs that are in penalty.csv already are not repeated, so it can be stopped and
+started again. Base 0 is the committed one; others are made by miniature/make_base.py in --folder if they are missing.
 
 A run takes about a minute of one core. Nothing here is needed to use the four files.
 """
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -93,7 +93,7 @@ def carry_out(run: Run, base: Path) -> tuple[Outcome, list[dict]]:
             point: dict = {"step": len(lines)}
             for name in ("reward", "better", "valid"):
                 point[name] = round(fmean(line[name] for line in lines[-10:]), 4)
-            if len(lines) % 30 == 0:
+            if len(lines) % (s.steps // 4) == 0:
                 point["test"] = round(accuracy(task, solver, editor, s, few), 4)
             curve.append(point)
     dev = accuracy(task, solver, editor, s, task.domains("dev"))
@@ -173,14 +173,17 @@ def read_runs() -> dict[Run, Outcome]:
         return runs
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            run = Run(**{each.name: typed(each.type, row[each.name]) for each in fields(Run)})
-            runs[run] = Outcome(**{each.name: float(row[each.name]) for each in fields(Outcome)})
+            runs[from_row(Run, row)] = from_row(Outcome, row)
     return runs
 
 
-def typed(name: str, text: str):
-    """A cell of a CSV file as the type of that name."""
-    return {"int": int, "float": float, "str": str}[name](text)
+def from_row(kind: type, row: dict[str, str]):
+    """A Run or an Outcome from the line of a CSV file."""
+    types = {"int": int, "float": float, "str": str}
+    values = {}
+    for each in fields(kind):
+        values[each.name] = types[each.type](row[each.name])
+    return kind(**values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,24 +199,34 @@ def show_table() -> None:
     from evolve import mean_error
 
     runs = read_runs()
-    places: dict[tuple, dict[tuple, Outcome]] = {}  # setting -> (base, seed) -> outcome
+    places: dict[Run, dict[tuple, Outcome]] = {}  # setting -> (base, seed) -> outcome
     for run, outcome in runs.items():
-        setting = (run.group, run.states, run.steps, run.advantage, run.invalid_reward)
+        setting = replace(run, base=0, seed=0)
         places.setdefault(setting, {})[run.base, run.seed] = outcome
     print("| G x N | steps | advantage | invalid | runs | dev | test | test, minus delta −1 | valid |")
     print("|---" * 9 + "|")
-    for setting in sorted(places):
-        group, states, steps, advantage, penalty = setting
-        own = places[setting]
-        paper = places.get((group, states, steps, "delta", -1.0), {})
-        differences = [own[place].test - paper[place].test for place in own if place in paper]
-        cells = [f"{group} x {states}", str(steps), advantage, f"{penalty:g}", str(len(own))]
-        for name in ("dev", "test"):
-            mean, error = mean_error([getattr(outcome, name) for outcome in own.values()])
-            cells.append(f"{mean:.3f} ± {error:.3f}")
+    for setting, own in sorted(places.items(), key=lambda item: astuple(item[0])[2:]):
+        paper = places.get(replace(setting, advantage="delta", invalid_reward=-1.0), {})
+        dev: list[float] = []
+        test: list[float] = []
+        differences: list[float] = []
+        for place, outcome in own.items():
+            dev.append(outcome.dev)
+            test.append(outcome.test)
+            if place in paper:
+                differences.append(outcome.test - paper[place].test)
+        cells = [
+            f"{setting.group} x {setting.states}",
+            str(setting.steps),
+            setting.advantage,
+            f"{setting.invalid_reward:g}",
+            str(len(own)),
+        ]
+        cells.append("{:.3f} ± {:.3f}".format(*mean_error(dev)))
+        cells.append("{:.3f} ± {:.3f}".format(*mean_error(test)))
         if differences:
-            mean, error = mean_error(differences)
-            cells.append(f"{mean:+.3f} ± {error:.3f} ({len(differences)})")
+            cell = "{:+.3f} ± {:.3f}".format(*mean_error(differences))
+            cells.append(f"{cell} ({len(differences)} pairs)")
         else:
             cells.append("–")
         cells.append(f"{fmean(outcome.valid for outcome in own.values()):.3f}")
@@ -238,7 +251,9 @@ def reward(base: Path) -> None:
     from lse import MasterAdamW, delta_reward
 
     s = with_presets(train.Config(group=16, states=240))
-    task, solver, editor = data.Mini(), load_model(base), load_model(base)
+    task = data.Mini()
+    solver = load_model(base)
+    editor = load_model(base)
     accelerator = Accelerator(cpu=True)
     pool = train.grow_states(task, solver, editor, s, step=0, accelerator=accelerator)
     # All states alike, and a step that moves nothing: only what it sampled and scored is of interest.
@@ -252,7 +267,8 @@ def reward(base: Path) -> None:
     delta = delta_reward(after, before[:, None], ~after.isnan())  # (N, G)
     print("| R̄(c_0) | start states | mean delta | s.d. of delta within a state | share better |")
     print("|---" * 5 + "|")
-    for low, high in ((0, 0.01), (0.01, 0.2), (0.2, 0.3), (0.3, 0.45), (0.45, 1.01)):
+    edges = [0, 0.01, 0.2, 0.3, 0.45, 1.01]
+    for low, high in zip(edges, edges[1:]):
         rows = delta[(before >= low) & (before < high)]
         if not len(rows):
             continue
@@ -284,10 +300,10 @@ def main(a: argparse.Namespace) -> None:
         wanted = []
         penalties = [float(text) for text in a.penalties.split(",")]
         places = product(numbers(a.seeds), numbers(a.bases), numbers(a.groups))
-        for seed, base, group in places:
-            for advantage, penalty in product(a.advantages.split(","), penalties):
-                states = 96 // group  # the same number of edits for all
-                wanted.append(Run(base, seed, advantage, penalty, group, states, a.steps))
+        settings = list(product(a.advantages.split(","), penalties))
+        for (seed, base, group), (advantage, penalty) in product(places, settings):
+            states = 96 // group  # the same number of edits for all
+            wanted.append(Run(base, seed, advantage, penalty, group, states, a.steps))
         carry_out_all(wanted, a.folder, a.jobs)
     show_table()
 

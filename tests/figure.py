@@ -22,8 +22,10 @@ TICKS = 5
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a05a9c")  # of a palette for the colour-blind
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 STYLE = """.card{fill:#fff}.ink{fill:#222}.frame{stroke:#888;fill:none}.grid{stroke:#8884}
-text{font:13px sans-serif}.title{font-weight:bold}.curve{fill:none;stroke-width:2.5}.band{opacity:.18}
-@media(prefers-color-scheme:dark){.card{fill:#16191d}.ink{fill:#e8e8e8}.curve,.band,.name{filter:brightness(1.5)}}"""
+text{font:13px sans-serif}.title{font-weight:bold}
+.curve{fill:none;stroke-width:2.5}.band{opacity:.18}
+@media(prefers-color-scheme:dark){.card{fill:#16191d}.ink{fill:#e8e8e8}
+.curve,.band,.name{filter:brightness(1.5)}}"""
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Panel:
     curves: list[Curve]
     low: float = 0.0
     high: float = 1.0
+    steps: int = 5  # between the marks of the x axis
 
     def last(self) -> float:
         """The end of the x axis."""
@@ -69,8 +72,9 @@ class Panel:
         return BOTTOM - (BOTTOM - TOP) * share
 
 
-FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"
-role="img"><title>{title}</title><style>{style}</style><rect class="card" width="{width}" height="{height}" rx="8"/>
+FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"
+height="{height}" role="img"><title>{title}</title><style>{style}</style>
+<rect class="card" width="{width}" height="{height}" rx="8"/>
 {body}</svg>
 """
 TEXT = '<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
@@ -103,7 +107,8 @@ def panel_svg(panel: Panel) -> str:
         y = panel.y(value)
         out += f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>'
         out += text_svg(LEFT - 6, y + 4, f"{value:.2f}", "end")
-        value = panel.last() * i / TICKS
+    for i in range(panel.steps + 1):
+        value = panel.last() * i / panel.steps
         out += text_svg(panel.x(value), BOTTOM + 17, f"{value:g}", "middle")
     out += text_svg((LEFT + RIGHT) / 2, BOTTOM + 34, panel.x_label, "middle")
     out += f'<path class="frame" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>'

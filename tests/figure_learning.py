@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from figure import Curve, Panel, Point, save_figure
@@ -23,68 +22,67 @@ RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a curve shows: all runs with this advantage and penalty."""
-
-    advantage: str
-    invalid_reward: float
-    look: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.advantage}, {self.invalid_reward:g}"
-
-    def fits(self, row: dict) -> bool:
-        same = row["advantage"] == self.advantage
-        return same and float(row["invalid_reward"]) == self.invalid_reward and row["group"] == "4"
+Rows = list[dict[str, str]]
 
 
 def main(a: argparse.Namespace) -> None:
     with open(RESULTS / "learning.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    untrained = {}  # base -> accuracy
-    for row in rows:
-        if row["steps"] == "0":
-            untrained[row["base"]] = float(row["test"])
-    rewards = Panel("reward", "step of RL", [], high=a.high)
-    accuracies = Panel("test accuracy", "step of RL", [])
-    for look, name in enumerate(a.kinds.split(",")):
-        advantage, penalty = name.split(":")
-        kind = Kind(advantage, float(penalty), look)
-        own = [row for row in rows if row["steps"] == str(a.steps) and kind.fits(row)]
+    untrained = [row for row in rows if row["steps"] == "0"]
+    rewards = Panel("reward", "step of RL", [], a.low, a.high, steps=4)
+    accuracies = Panel("test accuracy", "step of RL", [], steps=4)
+    for look, kind in enumerate(a.kinds.split(",")):
+        own = pick(rows, kind, a.steps)
         runs = {(row["base"], row["seed"]) for row in own}
-        print(f"{kind.label}: {len(runs)} runs, (base, seed) {sorted(runs)}")
+        label = kind.replace(":", ", ")
+        print(f"{label}: {len(runs)} runs, (base, seed) {sorted(runs)}")
         if not own:
             continue
-        rewards.curves.append(Curve(kind.label, average(own, reward_of), look))
-        start = [untrained[base] for base, _ in runs if base in untrained]
-        first = [Point(0, *mean_error(start))] if start else []
-        later = average([row for row in own if row["test"]], lambda row: float(row["test"]))
-        accuracies.curves.append(Curve(kind.label, first + later, look))
+        rewards.curves.append(Curve(label, average(own, reward_of), look))
+        # every run of a base starts with the same editor
+        starts = [row for base, _ in runs for row in untrained if row["base"] == base]
+        tested = [row for row in own if row["test"]]
+        accuracies.curves.append(Curve(label, average(starts + tested, accuracy_of), look))
     save_figure(RESULTS / "learning.svg", "Learning to edit", [rewards, accuracies])
     print(f"Saved: {RESULTS / 'learning.svg'}.")
 
 
+def pick(rows: Rows, kind: str, steps: int) -> Rows:
+    """The rows of all runs of one kind, "advantage:penalty", with four edits per state."""
+    advantage, penalty = kind.split(":")
+    out = []
+    for row in rows:
+        trained = row["steps"] == str(steps) and row["group"] == "4"
+        same_penalty = float(row["invalid_reward"]) == float(penalty)
+        if trained and same_penalty and row["advantage"] == advantage:
+            out.append(row)
+    return out
+
+
 def reward_of(row: dict) -> float:
     """The mean reward of ten steps, invalid edits counted as 0."""
-    return float(row["reward"]) - (1 - float(row["valid"])) * float(row["invalid_reward"])
+    invalid = 1 - float(row["valid"])
+    return float(row["reward"]) - invalid * float(row["invalid_reward"])
 
 
-def average(rows: list[dict], value) -> list[Point]:
+def accuracy_of(row: dict) -> float:
+    return float(row["test"])
+
+
+def average(rows: Rows, value) -> list[Point]:
     """Mean and standard error over runs, at each step that the rows name."""
+    from evolve import mean_error
+
     of_steps: dict[int, list[float]] = {}
     for row in rows:
         of_steps.setdefault(int(row["step"]), []).append(value(row))
-    return [Point(step, *mean_error(values)) for step, values in sorted(of_steps.items())]
-
-
-def mean_error(values: list[float]) -> tuple[float, float]:
-    """As in evolve.py, with an error of 0 where one value cannot tell."""
-    from evolve import mean_error
-
-    mean, error = mean_error(values)
-    return mean, error if len(values) > 1 else 0.0
+    points = []
+    for step, values in sorted(of_steps.items()):
+        mean, error = mean_error(values)
+        if len(values) == 1:
+            error = 0.0  # one run has no spread: no band
+        points.append(Point(step, mean, error))
+    return points
 
 
 if __name__ == "__main__":
@@ -93,5 +91,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--kinds", default="delta:-1,grpo:-1,score:-1", help="advantage:penalty, ...")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--low", type=float, default=0.0, help="the lowest reward of the axis")
     parser.add_argument("--high", type=float, default=0.25, help="the highest reward of the axis")
     main(parser.parse_args())

@@ -681,6 +681,13 @@ def test_overwrite_deletes_no_checkpoint_and_no_training_run(tmp_path: Path) -> 
 TINY = dict(rounds=2, k=2, holdout=2, test=2, solver_tokens=4, editor_tokens=4, domains="2")
 
 
+@pytest.fixture(autouse=True)
+def random_models_may_ramble(request, monkeypatch) -> None:
+    """They never end an answer by themselves, so that all are cut off: no reason to end a test."""
+    if "checkpoints" in request.fixturenames:
+        monkeypatch.setattr(evolve, "stop_if_lost", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     """A folder with "narrow" and "wide", tiny random models, and "mute", one without a chat template."""
@@ -994,8 +1001,10 @@ def test_a_fresh_clone_evolves_the_miniature_with_the_shipped_models(tmp_path: P
     assert code == 0, output
     results = json.loads((tmp_path / "runs" / "mini-evolve" / "results.json").read_text())
     assert results["test"]["seed"] == 0.0 and results["test"]["best"] > 0.5
+    rounds = [fact["rounds"] for fact in results["domains"].values()]
+    assert f"Cost of the editor: {sum(rounds)} answers" in output and len(rounds) == 4 and max(rounds) <= 10
     assert "(* leads to the best node)\n*" in output and "Best instructions:\n" in output
-    assert "Holdout (optimistic" in output and "Test (never touched" in output and "Cost of the editor: 40" in output
+    assert "Holdout (optimistic" in output and "Test (never touched" in output
     assert output.rstrip().endswith("Saved in runs/mini-evolve: trees/, results.json, report.html.")
 
 

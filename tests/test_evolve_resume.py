@@ -14,7 +14,9 @@ from scripted import scripted
 from server import serve
 
 GOLD = {f"How many items of kind {i} are there in {domain}?": f"SELECT {i}" for i in range(20) for domain in "ab"}
-LINES = [json.dumps({"question": q, "answer": sql, "domain": q[-2]}) for q, sql in GOLD.items()]
+# Half of the problems nobody ever solves: so no tree is solved, and all grow to the last round.
+ANSWERS = {question: sql if int(sql.split()[1]) % 2 else "SELECT 99" for question, sql in GOLD.items()}
+LINES = [json.dumps({"question": q, "answer": sql, "domain": q[-2]}) for q, sql in ANSWERS.items()]
 ROUNDS = 16
 
 

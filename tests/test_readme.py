@@ -14,8 +14,6 @@ from pathlib import Path
 
 import cli
 import pytest
-import torch
-from make_base import mini_tokenizer, tiny_qwen3
 from server import serve
 
 import data
@@ -35,13 +33,10 @@ PARSERS = {"train.py": (train.Config, train.__doc__), "evolve.py": (evolve.Confi
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A folder with what the commands name: tiny random models in runs/, and two databases in BIRD's layout."""
+    """A folder with what the commands name: the tiny models in runs/, and two databases in BIRD's layout."""
     folder = tmp_path_factory.mktemp("readme")
-    tokenizer = mini_tokenizer()
-    for seed, role in enumerate(("base", "editor")):
-        torch.manual_seed(seed)
-        for part in (tiny_qwen3(tokenizer), tokenizer):
-            part.save_pretrained(folder / "runs" / "mini" / role)
+    for role in ("base", "editor"):
+        shutil.copytree(evolve.MINIATURE / role, folder / "runs" / "mini" / role)
     shutil.copytree(folder / "runs" / "mini" / "editor", folder / "runs" / "bird" / "editor")
     for db in ("shop", "zoo"):
         (folder / "bird" / "dev_databases" / db).mkdir(parents=True)
@@ -72,7 +67,7 @@ def test_every_command_of_the_readme_is_one_that_the_scripts_take(command: str, 
         assert words[1] == "-m" or (ROOT / words[1]).exists()
 
 
-SHORT = ["--rounds", "1", "--k", "2", "--holdout", "2", "--solver-tokens", "3", "--editor-tokens", "9"]
+SHORT = ["--rounds", "1", "--k", "2", "--holdout", "2", "--solver-tokens", "16", "--editor-tokens", "40"]
 SHORTER = {"train.py": ["--steps", "1", "--states", "2", "--grow-rounds", "1", "--test", "2",
                         "--max-prompt-tokens", "1900"],
            "evolve.py": ["--domains", "1", "--max-prompt-tokens", "1900"]}
