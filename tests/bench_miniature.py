@@ -10,7 +10,7 @@ steps to results/learning.csv (the mean reward, the shares of edits better and v
 accuracy on the first 16 test domains). Runs that are in penalty.csv already are not repeated, so it can be stopped and
 started again. Base 0 is the committed one; others are made by miniature/make_base.py in --folder if they are missing.
 
-A run takes about a minute of one core. Nothing here is needed to use the four files.
+A run takes one to three minutes of one core. Nothing here is needed to use the four files.
 """
 
 from __future__ import annotations
