@@ -1388,12 +1388,12 @@ def save_model(model: LocalModel, folder: Path) -> None:
 
 
 def source_folder(name: str) -> Path | None:
-    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here; a GGUF."""
+    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here."""
     try:
         file = cached_file(name, "config.json", local_files_only=True)
     except OSError:
         return None
-    return Path(file).parent if file else None
+    return Path(file).parent if file else None  # a folder may hold a GGUF file alone
 
 
 def spell_for_old_readers(folder: Path) -> None:
