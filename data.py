@@ -332,7 +332,8 @@ def mini_database(domain: str) -> sqlite3.Connection:
 #     response       The door is green.
 #     summary        Which colour is the door? green
 #
-# As in the miniature the seed instructions are empty, the solver starts at zero, and every point is an edit's doing.
+# As in the miniature the seed instructions are empty, and but for a lucky guess (a cat, a blue door) every point is an
+# edit's doing.
 
 
 @dataclass(frozen=True)

@@ -1395,7 +1395,7 @@ def save_model(model: LocalModel, folder: Path) -> None:
 
 
 def source_folder(name: str) -> Path | None:
-    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here; a GGUF."""
+    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here."""
     try:
         file = cached_file(name, "config.json", local_files_only=True)
     except OSError:
