@@ -1228,7 +1228,8 @@ TABLES = "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')"
 def schema_text(db: Path, limit: int) -> str:
     """The CREATE statements in the file, with sample values and the meanings of columns as comments.
 
-    At most `limit` characters: what does not fit is dropped: first meanings, then samples, then the middle. The text says so.
+    At most `limit` characters. What does not fit is dropped, and the text says so: first meanings, then samples, then
+    the middle.
     """
     create, sample, meaning = range(3)  # kinds of lines: where space is short, the last kind is dropped first
     lines = []  # (kind, line)

@@ -1080,7 +1080,6 @@ def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto")
             torch.set_num_threads(min(4, torch.get_num_threads()))
             if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
                 model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file)
-                forget_quantization(model)
         elif gpu:
             # here, since it joins the other processes as soon as it is made
             from accelerate import PartialState

@@ -14,9 +14,9 @@ Symbols of the paper, and the words used here
 (In Algorithm 1 the paper uses two of them again: N for the selections so far, T for the rounds.)
 
 Read it in order: what an edit is worth, the loss, the tree, log-probs and samples the plain way, the model on this
-machine. Below the banner *From here on only efficiency and plumbing* come the same samples and the same log-probs, computed without
-repeating what rows have in common; the optimizer for 16-bit weights; the check of all this on a run's own model; and
-the model behind a server.
+machine. Below the banner *From here on only efficiency and plumbing* come the same samples and the same log-probs,
+computed without repeating what rows have in common; the check of all this on a run's own model; the optimizer for
+16-bit weights; and the model behind a server.
 
 Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has
 its baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
