@@ -1079,7 +1079,8 @@ def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto")
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
             if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
-                model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file)
+                options["dtype"] = torch.float32
+                model = AutoModelForCausalLM.from_pretrained(place, **options)
         elif gpu:
             # here, since it joins the other processes as soon as it is made
             from accelerate import PartialState
