@@ -332,7 +332,8 @@ def mini_database(domain: str) -> sqlite3.Connection:
 #     response       The door is green.
 #     summary        Which colour is the door? green
 #
-# As in the miniature the seed instructions are empty, the solver starts at zero, and every point is an edit's doing.
+# As in the miniature the seed instructions are empty, and but for a lucky guess (a cat, a blue door) every point is an
+# edit's doing.
 
 
 @dataclass(frozen=True)
@@ -483,7 +484,10 @@ Answer from the notes in one short sentence."""
         return Grade(False, said, said_and_right(said, problem.gold))
 
     def edit_chat(self, instructions: str, summary: Summary) -> Chat:
-        """The example as a turn that has been, then the old instructions and the answers that are right."""
+        """The example as a turn that has been, then the old instructions and each question with its gold answer.
+
+        What the solver said is not shown: short prompts are all that such small models can use.
+        """
         questions = "\n".join(f"- {a.question} {a.gold}" for a in summary)
         return [
             {"role": "user", "content": shop_request(LAKE_BEFORE, LAKE_QUESTIONS)},
@@ -1224,9 +1228,10 @@ TABLES = "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')"
 def schema_text(db: Path, limit: int) -> str:
     """The CREATE statements in the file, with sample values and the meanings of columns as comments.
 
-    At most `limit` characters: what does not fit goes in the order meanings, samples, middle, and the text says so.
+    At most `limit` characters. What does not fit is dropped, and the text says so: first meanings, then samples, then
+    the middle.
     """
-    create, sample, meaning = range(3)  # kinds of lines: where space is short, the last kind goes first
+    create, sample, meaning = range(3)  # kinds of lines: where space is short, the last kind is dropped first
     lines = []  # (kind, line)
     with closing(open_readonly(str(db))) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
@@ -1238,7 +1243,7 @@ def schema_text(db: Path, limit: int) -> str:
     for line in column_meanings(db.parent / "database_description"):
         lines.append((meaning, line))
     text = "\n".join(line for _, line in lines)
-    for last in (sample, create):
+    for last in (sample, create):  # first without meanings, then without samples
         if len(text) <= limit:
             return text
         text = "-- The schema is long: comments on columns are left out.\n"

@@ -111,7 +111,7 @@ def evolve_all(
     """Grow the trees of all domains {domain: tree} to `s.rounds` rounds each (Algorithm 1), and return them.
 
     All trees grow in step, so that each model call is one large batch. A round adds one node to each tree, or --edits
-    of them: so an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is
+    of them; an interrupted run goes on where its trees stand. A baseline brings its own search rule. A tree that is
     solved stops, unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress
     bar, "" shows none. ValueError: method or search does not exist.
     """
@@ -134,11 +134,11 @@ def evolve_all(
         jobs = [(r.parent.instructions, r.batch) for r in rounds]
         for r, answers in zip(rounds, solve_all(task, solver, jobs, **solver_sampling(s))):
             r.summary = answers
-        # 3. The editor reads instructions and summary, and writes new instructions, --edits times.
-        rounds = [replace(r) for r in rounds for _ in range(s.edits)]
+        # 3. The editor reads instructions and summary, and writes new instructions: see `propose_lse`.
+        rounds = [replace(r) for r in rounds for _ in range(s.edits)]  # one copy of the round per edit
         propose(task, editor, rounds, s)
         reject_long(solver, [r.edit for r in rounds], s.max_instruction_tokens)
-        # 4. Score them on the holdout, if they deserve it.
+        # 4. Score them on the holdout: see `accept_lse`, which scores every valid edit.
         accept(task, solver, rounds, s)
         # 5. Attach them to the tree, with R̄(c_1) (eq. 4). A rejected edit costs its round, and is recorded with the
         # reason and no score.
@@ -305,25 +305,31 @@ def score_all(task, solver, jobs: list[Job], s: Settings) -> list[list[float]]:
 
 
 def edit_chat(
-    task, editor, instructions: str, summary: list[Answer], limit: int = 0, most: int = 0
+    task,
+    editor,
+    instructions: str,
+    summary: list[Answer],
+    max_prompt: int = 0,
+    max_new: int = 0,
 ) -> tuple[list[dict], int]:
-    """The editor's chat, and how many problems were dropped from the end of the summary to fit `limit` tokens.
+    """The editor's chat, and how many problems were dropped from the end of the summary to fit `max_prompt` tokens.
 
-    Problems go whole, since half a query teaches nothing, and one always stays. A limit of 0 stands for three quarters
-    of what a local model reads: the rest is for writing. That the new instructions may have `most` tokens is told last.
+    Problems are dropped whole, since half a query teaches nothing, and one always stays. 0 stands for three quarters of
+    what a local model reads: the rest is for writing. `max_new` is the budget of the new instructions, 0 for none; the
+    editor is told of it at the end of the chat.
     """
-    limit = limit or context_length(editor) * 3 // 4
+    max_prompt = max_prompt or context_length(editor) * 3 // 4
     kept = list(summary)
-    chat = add_budget(task, task.edit_chat(instructions, kept), most)
-    while limit and len(kept) > 1 and count_tokens(editor, chat) > limit:
+    chat = add_budget(task, task.edit_chat(instructions, kept), max_new)
+    while max_prompt and len(kept) > 1 and count_tokens(editor, chat) > max_prompt:
         kept.pop()
-        chat = add_budget(task, task.edit_chat(instructions, kept), most)
+        chat = add_budget(task, task.edit_chat(instructions, kept), max_new)
     return chat, len(summary) - len(kept)
 
 
-def limits(s: Settings) -> tuple[int, int]:
-    """The last two arguments of `edit_chat`."""
-    return s.max_prompt_tokens, s.max_instruction_tokens
+def limits(s: Settings) -> dict[str, int]:
+    """The budgets of an editor's chat, as arguments of `edit_chat`."""
+    return {"max_prompt": s.max_prompt_tokens, "max_new": s.max_instruction_tokens}
 
 
 def add_budget(task, chat: list[dict], most: int) -> list[dict]:
@@ -410,7 +416,7 @@ def propose_lse(task, editor, rounds: list[Round], s: Settings) -> None:
     """Ask, in the task's own words, for a rewrite of the instructions."""
     chats = []
     for r in rounds:
-        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, *limits(s))
+        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, **limits(s))
         chats.append(chat)
     ask_for_edits(task, editor, rounds, chats, s, "prompt")
 
@@ -507,7 +513,7 @@ def propose_reflexion(task, editor, rounds: list[Round], s: Settings) -> None:
     """Reflexion rewrites nothing: it adds a lesson to the instructions, and forgets the oldest."""
     chats = []
     for r in rounds:
-        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, *limits(s))
+        chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, **limits(s))
         last = {"role": chat[-1]["role"], "content": chat[-1]["content"] + "\n\n" + LESSON}
         chats.append([*chat[:-1], last])
     ask_for_edits(task, editor, rounds, chats, s, "lesson")
@@ -612,7 +618,7 @@ def evolve(
     Nothing is written: fields that say how a script runs, from `out` to `dry_run`, play no part.
     """
     wanted = {"task": task.name, **changes}
-    s = with_presets(replace(settings or Settings(), **wanted), remote=True)
+    s = with_presets(replace(settings or Settings(), **wanted), remote=True)  # never a rehearsal
     trees = seed_trees(task, [domain], solver, s)
     evolve_all(task, trees, solver, editor, s, s.search, method)
     return trees[domain]
@@ -1073,7 +1079,8 @@ def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto")
         if model.num_parameters() < TINY:
             torch.set_num_threads(min(4, torch.get_num_threads()))
             if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
-                model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+                options["dtype"] = torch.float32
+                model = AutoModelForCausalLM.from_pretrained(place, **options)
         elif gpu:
             # here, since it joins the other processes as soon as it is made
             from accelerate import PartialState
@@ -1163,7 +1170,7 @@ def check_models(
     summary = [Answer("", p.question, p.gold, p.gold, p.gold, True) for p in problems[: s.k]]
     shown = []
     for answers in (summary[:1], summary):
-        shown.append(edit_chat(task, editor, seed, answers, *limits(s))[0])
+        shown.append(edit_chat(task, editor, seed, answers, **limits(s))[0])
     checks = {}
     if isinstance(solver, LocalModel):
         checks["solver"] = verify(solver, asked, new=min(32, s.solver_tokens))
@@ -1228,7 +1235,7 @@ def plan_lines(
     reply = "word " * s.solver_tokens
     summary = [Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
     asked = task.solve_chat(instructions, longest)
-    shown, _ = edit_chat(task, editor, instructions, summary, *limits(s))
+    shown, _ = edit_chat(task, editor, instructions, summary, **limits(s))
     seed_tokens = text_tokens(solver, task.seed_instructions)
     if 0 < s.max_instruction_tokens < seed_tokens:
         raise ValueError(
@@ -1388,7 +1395,7 @@ def save_model(model: LocalModel, folder: Path) -> None:
 
 
 def source_folder(name: str) -> Path | None:
-    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here; a GGUF."""
+    """Where the files of a checkpoint lie: in its folder or, for a hub name, in the cache. None: not here."""
     try:
         file = cached_file(name, "config.json", local_files_only=True)
     except OSError:

@@ -14,9 +14,9 @@ Symbols of the paper, and the words used here
 (In Algorithm 1 the paper uses two of them again: N for the selections so far, T for the rounds.)
 
 Read it in order: what an edit is worth, the loss, the tree, log-probs and samples the plain way, the model on this
-machine. Below the banner *From here on only efficiency* come the same samples and the same log-probs, computed without
-repeating what rows have in common; the optimizer for 16-bit weights; the check of all this on a run's own model; and
-the model behind a server.
+machine. Below the banner *From here on only efficiency and plumbing* come the same samples and the same log-probs,
+computed without repeating what rows have in common; the check of all this on a run's own model; the optimizer for
+16-bit weights; and the model behind a server.
 
 Left out on purpose: a critic, a reference model and its KL, an entropy bonus, reward shaping. The reward already has
 its baseline (the score before the edit), and one update per batch keeps the editor near the policy that sampled.
@@ -69,7 +69,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# the same for all edits that cannot be used, as in the official code: not −1 − R̄(c_0)
+# the same for all edits that cannot be used, as in the official code: eq. 7 would give −1 − R̄(c_0) for a score of −1
 INVALID_REWARD = -1.0
 
 
@@ -93,8 +93,8 @@ def advantages(
     "score"  the paper's counter-example, R̄(c_1) alone: it favours start states that were good already.
     "grpo"   R̄(c_1) minus the mean of its group, divided by the group's standard deviation.
     "line"   ours: the delta minus its least-squares line in R̄(c_0) over the batch. From a bad start there is much to
-             gain and from a good one nothing, so doing nothing is a biased guess of the average edit. The line removes
-             that, and needs no group: G may be 1.
+             gain, from a good one nothing: so the average delta falls with R̄(c_0), and edits of bad starts are praised
+             whatever they do. The fitted line takes that out, and needs no group: G may be 1.
 
     >>> after, before = torch.tensor([[1.0, 0.5], [0.5, 0.5]]), torch.tensor([0.5, 0.25])
     >>> valid = torch.ones(2, 2, dtype=torch.bool)
@@ -182,8 +182,9 @@ class Node:
 class EvolutionTree:
     """All versions of the instructions, and which one to edit next.
 
-    Among equals the oldest wins, in `best` and in every rule but "chain", which is the newest by its name: an edit must
-    be strictly better to take the place of what it edited, and where no edit was, the seed instructions are the best.
+    Among equals the oldest wins, in `best` and the rules "ucb" and "best": an edit must be strictly better to take the
+    place of what it edited, and where no edit was better, the seed instructions are the best. "chain" takes the newest,
+    "pareto" draws.
     """
 
     def __init__(
@@ -358,8 +359,8 @@ def plain_sample(
 ) -> list[Tensor]:
     """One sampled response per row of prompt ids: the ids drawn, up to the first end of sequence, included. (T,) each.
 
-    This is the definition: `generate` on rows of equal length. So nothing is padded, which a layer that keeps a state
-    instead of its keys (Mamba, linear attention, a convolution) would read like any other token. `options` are
+    This is the definition: `generate` on rows of equal length. Nothing is padded: a layer that keeps a state instead of
+    its keys (Mamba, linear attention, a convolution) would read padding like any other token. `options` are
     generate's own (max_new_tokens, do_sample, temperature, top_p, top_k). `shared_sample`, below, draws the same and
     computes once what rows have in common.
     """
@@ -602,7 +603,7 @@ def control_pattern(tokenizer) -> re.Pattern:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From here on only efficiency. Sampling: what rows have in common is computed once
+# From here on only efficiency and plumbing. Sampling: what rows have in common is computed once
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Rows of a batch begin alike: all of them with the same schema and instructions, the rows of one prompt also with the

@@ -138,6 +138,7 @@ def train_step(
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
     after = torch.tensor([each.after for each in everyone])  # (N, G)
     weights = advantages(s.advantage, after, before, ~after.isnan(), s.invalid_reward)  # (N, G)
+    # Gathered process by process: the chunk of this rank belongs to this process's groups.
     my_weights = weights.chunk(processes)[rank]  # (N / processes, G)
 
     # 6. Loss and step. The log-probs of the edits are computed again, differentiably, a few groups at a time: their
@@ -186,7 +187,7 @@ def editor_chat(task, editor, group: EditGroup, s: Config) -> list[dict]:
     """What the editor reads, (c_0, S_0); problems that do not fit into its prompt are counted."""
     instructions = group.state.instructions
     chat, group.dropped = evolve.edit_chat(
-        task, editor, instructions, group.summary, *evolve.limits(s)
+        task, editor, instructions, group.summary, **evolve.limits(s)
     )
     return chat
 
@@ -587,7 +588,7 @@ def worth_of_edits(trees: dict) -> str:
     return text
 
 
-# Measured on five bases, see README.md.
+# Measured on five bases, see tests/RESULTS.md.
 EXPECT = "expect              untrained 0.33-0.43, trained 0.86-0.98, from base to base"
 
 
