@@ -69,7 +69,9 @@ def gepa_package(task, domains: list[str], solver, editor, s: evolve.Settings, b
 
 
 def our_ucb(task, domains: list[str], solver, editor, s: evolve.Settings, budget: int) -> dict[str, str]:
-    trees = evolve.evolve_all(task, evolve.seed_trees(task, domains, solver, s), solver, editor, s)
+    """Solved trees go on, as GEPA does: the numbers of answers stay equal."""
+    trees = evolve.seed_trees(task, domains, solver, s)
+    evolve.evolve_all(task, trees, solver, editor, s, stop=False)
     return {d: tree.best().instructions for d, tree in trees.items()}
 
 
@@ -78,7 +80,8 @@ def our_gepa(task, domains: list[str], solver, editor, s: evolve.Settings, budge
     trees, spent = evolve.seed_trees(task, domains, solver, s), dict.fromkeys(domains, s.holdout)
     while going := {d: tree for d, tree in trees.items() if spent[d] < budget}:
         one_more = replace(s, rounds=len(next(iter(going.values())).nodes))
-        for d, tree in evolve.evolve_all(task, going, solver, editor, one_more, "pareto", "gepa").items():
+        evolve.evolve_all(task, going, solver, editor, one_more, "pareto", "gepa", stop=False)
+        for d, tree in going.items():
             scored, gated = tree.nodes[-1].score is not None, "minibatch" in tree.nodes[-1].note
             spent[d] += s.k + s.k * (scored or gated) + s.holdout * scored
     return {d: tree.best().instructions for d, tree in trees.items()}
