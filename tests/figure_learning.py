@@ -1,4 +1,4 @@
-"""Learning: reward and test accuracy over the steps of RL, for the paper's advantage and its rivals.
+"""Learning: reward and test accuracy over the steps of RL, for the paper's advantage, its rivals, and two penalties.
 
     python tests/bench_miniature.py --run ...     trains, and writes results/learning.csv: a minute of one core a run
     python tests/figure_learning.py               results/learning.svg, from that file
@@ -89,8 +89,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kinds", default="delta:-1,grpo:-1,score:-1", help="advantage:penalty, ...")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--kinds", default="delta:-1,delta:-0.2,line:-0.2,grpo:-1", help="advantage:penalty, ...")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--low", type=float, default=0.0, help="the lowest reward of the axis")
     parser.add_argument("--high", type=float, default=0.25, help="the highest reward of the axis")
     main(parser.parse_args())
