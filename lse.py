@@ -69,7 +69,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The same for all edits that cannot be used, as in the official code. (Were they scored −1, eq. 7 would give −1 − R̄(c_0).)
+# The same for all edits that cannot be used, as in the official code. (Scored −1, eq. 7 would give −1 − R̄(c_0).)
 INVALID_REWARD = -1.0
 
 
