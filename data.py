@@ -697,8 +697,9 @@ FILLED = {
 class Questions:
     """The tasks "mmlu", multiple choice, and "jsonl", problems of your own (see `own_problem`).
 
-    `path` is a file or folder, see `read_folder`. Unless it has both parts, the last fifth of the sorted domains,
-    rounded up, is for testing; a single domain serves both. A domain of both parts is "..._train" in training.
+    `path` is a file or folder, see `read_folder`. It may have a part to train and a part to test. Unless it has both,
+    the last fifth of the sorted domains, rounded up, is for testing; a single domain serves both. A domain of both
+    parts is called "..._train" in training.
     "mmlu" without a path trains on SuperGPQA, with the path "TIGER-Lab/MMLU-Pro" on that, and tests on MMLU-Redux, from
     the hub. FileNotFoundError if there is no question, ValueError if a file holds something else.
     """
@@ -718,7 +719,7 @@ class Questions:
         make = choice_problem if name == "mmlu" else own_problem
         train = by_domain(train_records, make)
         self.test = by_domain(test_records, make)  # domain -> its problems
-        self.groups = dict(self.test)  # the same for all domains
+        self.groups = dict(self.test)  # domain -> its problems
         for domain, problems in train.items():
             if domain in self.test:
                 domain += "_train"

@@ -618,7 +618,8 @@ def evolve(
     Nothing is written: fields that say how a script runs, from `out` to `dry_run`, play no part.
     """
     wanted = {"task": task.name, **changes}
-    s = with_presets(replace(settings or Settings(), **wanted), remote=True)  # never a rehearsal
+    # "remote" stands for: not a rehearsal, wherever the models are.
+    s = with_presets(replace(settings or Settings(), **wanted), remote=True)
     trees = seed_trees(task, [domain], solver, s)
     evolve_all(task, trees, solver, editor, s, s.search, method)
     return trees[domain]

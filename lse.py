@@ -69,7 +69,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# the same for all edits that cannot be used, as in the official code: eq. 7 would give −1 − R̄(c_0) for a score of −1
+# The same for all edits that cannot be used, as in the official code. (Scored −1, eq. 7 would give −1 − R̄(c_0).)
 INVALID_REWARD = -1.0
 
 
@@ -136,10 +136,10 @@ def policy_loss(
 
     `logprobs` holds one tensor (T,) per response. `n_tokens` counts the response tokens of the WHOLE batch, so the
     losses of its micro-batches add up. Every token weighs the same: dividing by a response's own length would favour
-    long failures. The loss is that of PPO, −min(ratio A, clipped ratio A), where ratio = p / p_old for a token. With
-    one update per batch there is no older policy (`old_logprobs` None): the ratio's value is 1, the clip never acts,
-    and its gradient is that of log p, so the loss has the gradient −A ∇log p. That is all of reinforcement learning
-    here: likelier where A > 0, less likely where A < 0.
+    long failures, whose tokens were each punished less. The loss is that of PPO, −min(ratio A, clipped ratio A), where
+    ratio = p / p_old for a token. With one update per batch there is no older policy (`old_logprobs` None): the ratio's
+    value is 1, the clip never acts, and its gradient is that of log p, so the loss has the gradient −A ∇log p. That is
+    all of reinforcement learning here: likelier where A > 0, less likely where A < 0.
 
     >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
     >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
@@ -325,7 +325,7 @@ def plain_logprobs(
     out = []
     for response in responses:
         row = torch.cat([prompt_ids, response]).to(model.device)  # (P + T,)
-        # Two words to save memory, which not every model knows.
+        # Two keyword arguments to save memory, which not every model knows.
         options = {"use_cache": False, "logits_to_keep": len(response) + 1}
         options = {name: value for name, value in options.items() if name in known}
         logits = model(row[None], **options).logits[0]  # (T + 1 or P + T, V)

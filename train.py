@@ -12,8 +12,8 @@ compared on domains that training never saw. Below the banner *From here on only
 checkpoints, `main`.
 
 For readers who know PyTorch but not RL, the whole of it: sample from the model, weight the log-probability of each
-sample by how much better than expected it did (its *advantage*), and follow the gradient. The samples are the training
-data and change with the model, so the loss says nothing about progress; the reward does.
+sample by how much better than a baseline it did (its *advantage*), and follow the gradient. The samples are the
+training data and change with the model, so the loss says nothing about progress; the reward does.
 
 Left out on purpose: a critic, a KL term, several epochs per batch, a separate inference engine.
 """
@@ -43,7 +43,7 @@ import data
 import evolve
 from data import Answer, Problem
 from evolve import Edit, Settings, option
-from lse import Check, MasterAdamW, advantages, delta_reward, policy_loss
+from lse import INVALID_REWARD, Check, MasterAdamW, advantages, delta_reward, policy_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
@@ -56,7 +56,8 @@ from lse import Check, MasterAdamW, advantages, delta_reward, policy_loss
 #
 # where log f_ψ of an edit is the sum over its tokens. Subtracting anything that does not depend on c_1, a *baseline*,
 # leaves the expectation as it is, since E[∇ log f] = 0, and can lower the variance. The score before the edit is such
-# a baseline, known for free.
+# a baseline, known for free. So R̄(c_1) alone has the same expected gradient; but in a batch of finite size it pushes up
+# every edit of a good start, helpful or not, and that is noise.
 
 
 @dataclass
@@ -156,7 +157,7 @@ def train_step(
     if processes > 1:
         for parameter in optimizer.params:
             parameter.grad = accelerator.reduce(parameter.grad, "sum")
-    norm = optimizer.step()
+    norm = optimizer.step()  # of the gradients, which it clips, follows, and clears
 
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
@@ -173,7 +174,7 @@ def draw_states(task, start_states: list[StartState], s: Config, step: int) -> l
     # Curriculum: where the tree shows that more is possible, there is more to learn. The 0.1 leaves no state out.
     odds = [state.potential + 0.1 for state in start_states]
     chosen = random.Random(f"{s.seed}/{step}").choices(start_states, odds, k=s.states)
-    number = -1 - step  # rounds of trees count from 0: nothing that grew a tree is drawn again
+    number = -1 - step  # rounds of trees count from 0: these draws are not those that grew the trees
     groups = []
     for place, state in enumerate(chosen):  # its place: a state drawn twice gets other problems
         own = training_settings(s, state.seed)
@@ -594,8 +595,9 @@ EXPECT = "expect              untrained 0.33-0.43, trained 0.86-0.98, from base 
 
 def is_usual_run(config: dict) -> bool:
     """Whether nothing is set that would make the usual results of the miniature no measure."""
+    harmless = {"seed", "save_every", "out", "dry_run", "resume", "overwrite"}
     for name, value in asdict(evolve.with_presets(Config())).items():
-        if config[name] != value and name not in {*FREE, "seed"} - {"steps"}:
+        if config[name] != value and name not in harmless:
             return False
     return True
 
@@ -620,10 +622,9 @@ class Config(Settings):
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
     # An edit that cannot be used needs a reward below that of a useless one, but no more: rewards are differences of
-    # scores, about 0.1 here, and beside the official code's −1 for one edit in twenty the gradient hardly sees the
-    # others. Measured in tests/RESULTS.md.
+    # scores, about 0.1 here, and beside a flat −1 for one edit in twenty the gradient hardly sees the others.
     invalid_reward: float = option(
-        -0.2, "reward of an edit that cannot be used, 0 or less; the official code's is -1"
+        INVALID_REWARD, "reward of an edit that cannot be used, 0 or less"
     )
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")
