@@ -1052,7 +1052,8 @@ def editor_sampling(s: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and editor, ready made
-# Parameters. Below that a GPU is slower than a CPU, and more than 4 threads are slower than 4.
+# Parameters. Below that a GPU is slower than a CPU, and several threads wait for each other longer than they compute:
+# `python evolve.py` takes 11 s with one and 16 s with two, and minutes with two beside other work.
 TINY = 10_000_000
 
 
@@ -1078,7 +1079,7 @@ def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto")
         options["dtype"] = getattr(torch, wanted)
         model = AutoModelForCausalLM.from_pretrained(place, **options)
         if model.num_parameters() < TINY:
-            torch.set_num_threads(min(4, torch.get_num_threads()))
+            torch.set_num_threads(1)
             if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
                 options["dtype"] = torch.float32
                 model = AutoModelForCausalLM.from_pretrained(place, **options)

@@ -14,3 +14,4 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "miniature")]
 if "LSE_TEST_GPUS" not in os.environ:  # a test may start pytest itself
     os.environ["LSE_TEST_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody imports torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing by more, and wait for each other
