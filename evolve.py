@@ -1052,8 +1052,8 @@ def editor_sampling(s: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and editor, ready made
-# Parameters. Below that a GPU is slower than a CPU, and several threads wait for each other longer than they compute:
-# `python evolve.py` takes 11 s with one and 16 s with two, and minutes with two beside other work.
+# Parameters. Below that a GPU is slower than a CPU, and a second thread gains a tenth on an idle machine but loses minutes
+# on a busy one: measured, `python evolve.py` takes 12 s with one and 10 s with two; beside three other jobs, 5 minutes.
 TINY = 10_000_000
 
 
