@@ -1332,7 +1332,13 @@ def start_worker() -> subprocess.Popen:
     """A fresh interpreter that runs `sql_worker`: this process must not fork itself, for it may hold torch and CUDA.
 
     In a session of its own Ctrl-C does not reach it. It ends when this process does, for then its stdin closes.
+    OSError on Windows, which has no signal that could end a query.
     """
+    if not hasattr(signal, "SIGALRM"):
+        raise OSError(
+            "SQL that a model wrote runs in a sandbox of processes, limits and signals that Windows does not have: "
+            "use Linux, macOS or WSL for --task bird. All other tasks run here."
+        )
     here = Path(__file__).resolve()
     command = [sys.executable, "-c", f"import {here.stem} as d; d.sql_worker()"]
     pipe = subprocess.PIPE
@@ -1365,7 +1371,7 @@ def limit_memory(extra: int | None) -> int:
     Where there is no /proc, as on a Mac, SQLite's own heap limit is the only one. Files, which can only be those of
     large sorts, may have 1 GiB.
     """
-    import resource  # not on Windows, where all but the SQL can be used
+    import resource  # not on Windows: see `start_worker`
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -409,6 +409,13 @@ def test_match_many_agrees_with_one_by_one_and_runs_each_query_once(db, monkeypa
     assert sum(grade.correct for grade in single) == 3 * 4
 
 
+def test_where_no_signal_can_end_a_query_the_sandbox_says_what_to_use(db, monkeypatch):
+    monkeypatch.delattr(signal, "SIGALRM")
+    monkeypatch.setattr(data, "IDLE", [])
+    with pytest.raises(OSError, match="use Linux, macOS or WSL"):
+        execution_match(db, "SELECT 12345", "SELECT 12345")
+
+
 def test_match_many_of_nothing():
     assert match_many([]) == []
 
