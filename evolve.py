@@ -967,6 +967,8 @@ PRESETS = {
     "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
     "grow_every": Preset(mini=20, shop=10, paper=0, rehearsal=0),
     "grow_rounds": Preset(mini=10, shop=5, paper=10, rehearsal=2),
+    "keep_states": Preset(mini=True, shop=False, paper=True, rehearsal=True),
+    "state_floor": Preset(mini=0.1, shop=1.0, paper=0.1, rehearsal=0.1),
 }
 # All other numbers may be 0.
 AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds", "edits")

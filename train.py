@@ -171,8 +171,8 @@ def train_step(
 
 def draw_states(task, start_states: list[StartState], s: Config, step: int) -> list[EditGroup]:
     """N of the start states, the same in every process, each with k fresh problems and its holdout."""
-    # Curriculum: where the tree shows that more is possible, there is more to learn. The 0.1 leaves no state out.
-    odds = [state.potential + 0.1 for state in start_states]
+    # Curriculum: where the tree shows that more is possible, there is more to learn.
+    odds = [state.potential + s.state_floor for state in start_states]
     chosen = random.Random(f"{s.seed}/{step}").choices(start_states, odds, k=s.states)
     number = -1 - step  # rounds of trees count from 0: these draws are not those that grew the trees
     groups = []
@@ -266,9 +266,8 @@ def reinforce(
             check_headroom(task, solver, s, accelerator)
         # Start states, grown with the current editor: at test time it will edit its own earlier edits. Older ones stay.
         if step == 0 or (s.grow_every and step % s.grow_every == 0):
-            progress.start_states = (
-                grow_states(task, solver, editor, s, step, accelerator) + progress.start_states
-            )
+            older = progress.start_states if s.keep_states else []
+            progress.start_states = grow_states(task, solver, editor, s, step, accelerator) + older
         if step == 0 and main_process:
             progress.noise = reward_noise(task, solver, progress.start_states[: s.states], s)
             print(
@@ -634,6 +633,12 @@ class Config(Settings):
         None, "grow fresh start-state trees every so many steps; 0: only once"
     )
     grow_rounds: int | None = option(None, "T of the trees that start states are taken from")
+    keep_states: bool | None = option(
+        None, "whether start states of earlier growths are drawn, too"
+    )
+    state_floor: float | None = option(
+        None, "a start state is drawn in proportion to its potential plus this; large: all alike"
+    )
     skip_small: bool = option(False, "leave out domains with too few problems instead of stopping")
     micro_batch: int = option(8, "groups per forward and backward pass; 1 needs the least memory")
     gradient_checkpointing: bool = option(
