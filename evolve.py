@@ -967,6 +967,8 @@ PRESETS = {
     "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
     "grow_every": Preset(mini=20, shop=10, paper=0, rehearsal=0),
     "grow_rounds": Preset(mini=10, shop=5, paper=10, rehearsal=2),
+    # An editor of the shops soon outgrows what it wrote at first: with the early, nearly empty instructions among the
+    # start states, and most likely to be drawn, it learned to add facts and not to keep them.
     "keep_states": Preset(mini=True, shop=False, paper=True, rehearsal=True),
     "state_floor": Preset(mini=0.1, shop=1.0, paper=0.1, rehearsal=0.1),
 }
@@ -1021,6 +1023,8 @@ def is_possible(name: str, value: object) -> bool:
         return value <= 0
     if name == "top_p":
         return 0 < value <= 1
+    if name == "state_floor":
+        return value > 0
     return value >= (1 if name in AT_LEAST_ONE else 0)
 
 

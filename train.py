@@ -171,7 +171,7 @@ def train_step(
 
 def draw_states(task, start_states: list[StartState], s: Config, step: int) -> list[EditGroup]:
     """N of the start states, the same in every process, each with k fresh problems and its holdout."""
-    # Curriculum: where the tree shows that more is possible, there is more to learn.
+    # Curriculum: where the tree shows that more is possible, there is more to learn. The floor leaves no state out.
     odds = [state.potential + s.state_floor for state in start_states]
     chosen = random.Random(f"{s.seed}/{step}").choices(start_states, odds, k=s.states)
     number = -1 - step  # rounds of trees count from 0: these draws are not those that grew the trees
@@ -264,7 +264,7 @@ def reinforce(
     for step in tqdm(range(done, s.steps), total=s.steps, initial=done, **bar):
         if step == 0:
             check_headroom(task, solver, s, accelerator)
-        # Start states, grown with the current editor: at test time it will edit its own earlier edits. Older ones stay.
+        # Start states, grown with the current editor: at test time it will edit its own earlier edits.
         if step == 0 or (s.grow_every and step % s.grow_every == 0):
             older = progress.start_states if s.keep_states else []
             progress.start_states = grow_states(task, solver, editor, s, step, accelerator) + older
@@ -634,7 +634,7 @@ class Config(Settings):
     )
     grow_rounds: int | None = option(None, "T of the trees that start states are taken from")
     keep_states: bool | None = option(
-        None, "whether start states of earlier growths are drawn, too"
+        None, "true or false: whether the start states of earlier growths stay"
     )
     state_floor: float | None = option(
         None, "a start state is drawn in proportion to its potential plus this; large: all alike"
