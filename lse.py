@@ -532,7 +532,7 @@ class LocalModel:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
         if temperature > 0:
-            # A row that comes again is another draw. Greedy ones would all be the same: there, below, each comes once.
+            # A row that comes again is another draw. Greedy ones would all be the same, so below each prompt comes once.
             rows = sorted(prompts * n)
             options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         else:
@@ -766,7 +766,7 @@ def read_texts(
     Texts of about one length are read together, padded on the right, and long ones alone. Beyond a text's end stands
     what nobody may look at, but it is finite.
     """
-    # How many texts go through the model at once: as many as READ_AT_ONCE tokens allow, at least one.
+    # As many texts at once as READ_AT_ONCE tokens allow, what they have in common counted for each; at least one.
     longest = max(len(text) for text in texts)
     behind = 0 if common[0] is None else common[0][0].shape[1]
     most = READ_AT_ONCE["cpu" if model.device.type == "cpu" else "cuda"]
@@ -1348,7 +1348,7 @@ def verify(
     name = type(model).__name__
     prompts = sorted({tuple(local.encode(chat)) for chat in chats})
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
-    # The weights before: a check that changes what it checks has found something, too.
+    # Some models change their weights as they compute (see `fingerprint`): then what is checked is not what will run.
     weights = fingerprint(model)
     compare = partial(disagreement, local, prompts, n, new, checkpointing)
     dropped = ""
