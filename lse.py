@@ -532,7 +532,7 @@ class LocalModel:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
         if temperature > 0:
-            # A row that comes again is another draw. Greedy ones would all be the same, so below each prompt comes once.
+            # A row that comes again is another draw. Greedy ones would be the same, so below each prompt comes once.
             rows = sorted(prompts * n)
             options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         else:

@@ -114,8 +114,8 @@ def train_step(
     With several processes each takes a share of the states. Advantages are computed on the batch of all, and gradients
     are summed, so that all take the step that one process would have taken with the same edits.
 
-    N is `s.states`, G is `s.group`. The line holds scores and rewards in units of the score (0 to 1), entropy in nats
-    per token, and seconds. There is no loss in it: with one update per batch its value is minus the mean advantage of
+    N is `s.states`, G is `s.group`. The line holds scores from 0 to 1, rewards in the same unit, entropy in nats per
+    token, and seconds. There is no loss in it: with one update per batch its value is minus the mean advantage of
     the tokens, whatever the editor has learned.
     """
     rank = accelerator.process_index
@@ -137,8 +137,8 @@ def train_step(
     # 3. Edits: c_1 ~ f_ψ(c_0, S_0), G of each, at temperature 1 and with nothing cut off: else the gradient would be
     # another policy's.
     chats = [editor_chat(task, editor, group, s) for group in groups]
-    # These are the defaults of `sample`. Test time's top-p and top-k would draw from a distribution that is cut off,
-    # while `group_logprobs` scores the uncut one: the gradient of another policy, and nothing would tell.
+    # Temperature 1 and nothing cut off are the defaults of `sample`. With the top-p and top-k of test time the sampler
+    # would be one policy and the scorer, `group_logprobs`, another, and no message would tell.
     drawn = editor.sample(chats, n=s.group, max_new_tokens=s.editor_tokens)
     for group, samples in zip(groups, drawn):
         group.edits = [evolve.read_edit(task, sample) for sample in samples]
@@ -174,7 +174,7 @@ def train_step(
     # short edits would weigh more than one in a batch of long ones: not the same gradient. Invalid edits count, too,
     # and are learned from: their advantage is what makes tags and length be kept.
     n_tokens = sum(len(edit.sample.ids) for each in everyone for edit in each.edits)
-    # A function of the step alone, so that resuming needs no scheduler.
+    # A function of the step, so that resuming needs no scheduler.
     lr = s.lr * (1 - step / s.steps)
     optimizer.adamw.param_groups[0]["lr"] = lr
     # Gradient checkpointing needs train mode. Otherwise eval mode: what sampled had no dropout, either.
