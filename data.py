@@ -47,11 +47,21 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------------------------------
 # What a task is
 # ---------------------------------------------------------------------------------------------------------------------
+# One problem on its way through the members of a task:
+#
+#     problems(domain)                   a Problem: question x and gold answer y*
+#     solve_chat(instructions, problem)  the solver's prompt; what it samples is the response y
+#     grade(problem, response)           a Grade: right or wrong (r, 1 or 0), what was read, what went wrong
+#     Answer                             problem, response and grade in one: an element of the summary S
+#     edit_chat(instructions, summary)   the editor's prompt; what it samples holds the new instructions
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question of one domain. Only the first three fields are needed; the others serve some tasks."""
+    """One question of one domain. Only the first three fields are needed; the others serve some tasks.
+
+    Frozen, here and below: a problem is shared by every tree and round, and nobody may change it under the others.
+    """
 
     id: str
     question: str
@@ -66,7 +76,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    """The verdict on one response, r = R(x, y), and its reason."""
+    """The verdict on one response, r = R(x, y), and its reason.
+
+    Three things that are easily taken for one: wrong, unreadable (wrong too, but it is the form that failed), lenient
+    (graded on what it says, though not in the form that was asked for).
+    """
 
     correct: bool
     answer: str  # what the grader took as the answer
@@ -137,6 +151,7 @@ def extract_tag(text: str, tag: str) -> str | None:
     >>> extract_tag("<answer> never closed", "answer") is None
     True
     """
+    # The last and the innermost: a model that thinks aloud quotes the tags before it means them.
     name = re.escape(tag)
     content = rf"(?:(?!</?{name}>).)*"  # any text in which no tag of this name opens or closes
     found = re.findall(rf"<{name}>({content})</{name}>", text, re.DOTALL | re.IGNORECASE | re.ASCII)
@@ -179,7 +194,7 @@ def mini_sql(question: str, column: str) -> str:
 
 
 def read_glossary(text: str) -> dict[str, str]:
-    """Pairs "word column" found in any text, in order; the last line about a word wins.
+    """Pairs "word column" found in any text, in order; the last line about a word wins. What is no pair is passed over.
 
     >>> read_glossary("profit c5 rank c1 nonsense profit c2")
     {'profit': 'c2', 'rank': 'c1'}
@@ -236,6 +251,7 @@ class Mini:
 
     def glossary(self, domain: str) -> dict[str, str]:
         """The hidden truth of a domain: 8 of 24 words, each meaning one column."""
+        # Words and columns drawn apart, so nothing in a word tells its column: only answers of the domain do.
         rng = random.Random(domain)
         words = rng.sample(WORDS, 8)
         columns = rng.sample(COLUMNS, 8)
@@ -254,6 +270,7 @@ class Mini:
         splits = ["holdout"] * 2 + ["test"] * 4 + ["pool"] * 13
         problems = []
         for i, split in enumerate(splits):
+            # Pool and holdout share words and never a question: new instructions must carry over to be worth anything.
             for word, column in glossary.items():  # inside: the first 8 of any split ask for every word once
                 question = f"{shuffled[word][i]} {word}"
                 gold = mini_sql(question, column)
@@ -271,6 +288,8 @@ class Mini:
     def grade(self, problem: Problem, response: str) -> Grade:
         """Right if the SQL in the answer tags returns the rows of the gold SQL."""
         sql = extract_tag(response, "answer")
+        # For a word that it does not know the solver writes SELECT and that word, which is an error: luck earns
+        # nothing.
         if not sql:
             return Grade(False, "", "SQL error", readable=False)
         rows = self.rows(problem.domain, sql)
@@ -442,6 +461,7 @@ class Shop:
 
     def facts(self, domain: str) -> dict[str, str]:
         """The hidden truth of a domain: the value of each kind of fact."""
+        # "shop/" keeps these draws apart from those of the miniature, whose domains have the same names.
         rng = random.Random(f"shop/{domain}")
         return {kind: rng.choice(fact.values) for kind, fact in FACTS.items()}
 
@@ -476,6 +496,7 @@ Answer from the notes in one short sentence."""
         said = first_line(response)
         if not said:
             return Grade(False, "", "There is no answer.", readable=False)
+        # By whole words and not by substrings: "cats" is no "cat".
         words = set(re.findall(r"\w+", said.casefold()))
         kind = problem.id.split("/")[1]
         named = [value for value in FACTS[kind].values if value.casefold() in words]
@@ -574,6 +595,7 @@ def own_task(name: str, path: str | Path | None) -> Task:
     file = Path(place).resolve()
     if not file.exists():
         raise FileNotFoundError(f"--task {name}: there is no file {file}.")
+    # The user's own code, run as an import would run it.
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as an import would, for the dataclasses in it
@@ -582,6 +604,7 @@ def own_task(name: str, path: str | Path | None) -> Task:
     if not isinstance(own, type):
         found = [word for word, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(f"--task {name}: no class {class_name!r}, there is {', '.join(found) or 'none'}.")
+    # Whether it has all members is asked now: a task that lacks `edit_chat` would fail in the first round only.
     task = own() if path is None else own(path)
     missing = [member for member in MEMBERS if not hasattr(task, member)]
     if missing:
@@ -602,6 +625,7 @@ def edit_messages(
     >>> print(chat[0]["content"][:40])
     You improve the instructions of a solver
     """
+    # Right answers are shown as well as wrong ones: what works is to be kept.
     right = sum(answer.correct for answer in summary)
     problems = ""
     for number, answer in enumerate(summary, 1):
@@ -657,6 +681,8 @@ def shorten(text: str, limit: int) -> str:
     """
     if len(text) <= limit:
         return text
+    # Head and tail, since a query ends in its conditions and an answer in its result; the note, so that nobody takes it
+    # for whole.
     note = f"[... cut from {len(text)} characters ...]"
     keep = max(0, limit - len(note))
     tail = keep // 3
@@ -716,6 +742,8 @@ class Questions:
             test_records = from_hub(REDUX)
         else:
             train_records, test_records = read_folder(source)
+        # Training and testing come from different data sets or parts where there are some: what is learned must carry
+        # over.
         make = choice_problem if name == "mmlu" else own_problem
         train = by_domain(train_records, make)
         self.test = by_domain(test_records, make)  # domain -> its problems
@@ -800,6 +828,7 @@ def untagged_answer(problem: Problem, response: str) -> str | None:
         return line
     if read_letter(line, len(problem.choices)):
         return read_letter(line, len(problem.choices))
+    # The letters at the beginnings of lines: one is an answer, several are the options copied.
     letters = re.findall(r"^\s*[(\[*]*([A-Za-z])[.):\]*]", response, re.MULTILINE)
     said = {gold_letter(letter, len(problem.choices)) for letter in letters}
     if len(said) != 1 or not re.match(r"[(\[*]*[A-Za-z][.):\]*]", line):
@@ -920,6 +949,7 @@ def choice_problem(record: dict) -> Problem | None:
         rng = random.Random(ascii(record["question"]))
         right = choices[LETTERS.index(letter)]
         wrong = [choice for choice in dict.fromkeys(choices) if choice != right]
+        # Four options as in MMLU, and the right one at a place drawn anew: its old letter says nothing.
         choices = rng.sample(wrong, min(3, len(wrong))) + [right]
         rng.shuffle(choices)
         letter = LETTERS[choices.index(right)]
@@ -936,12 +966,14 @@ def own_problem(record: dict) -> Problem:
         {"question": "Pi?", "answer": 3.14, "tolerance": 0.01}                              number
         {"question": "Capital of France?", "answer": "B", "choices": ["Rome", "Paris"]}     choice
     """
+    # How it is graded follows from the type of the answer, unless the record says so itself.
     answer = record["answer"]
     choices = record["choices"]
     gold = str(answer)
     default = "exact" if isinstance(answer, str) else "number"
     grader = record.get("grader", "choice" if choices else default)
     tolerance = record.get("tolerance", 0)
+    # A gold answer that its own grader cannot read would make every response wrong, and nobody would notice.
     fits = grader in list(GRADERS) and isinstance(tolerance, int | float) and tolerance >= 0
     if grader == "number":
         fits = fits and read_number(gold) is not None
@@ -949,6 +981,7 @@ def own_problem(record: dict) -> Problem:
         wanted = f"one of {list(GRADERS)}, an answer like it, tolerance from 0"
         raise data_error(record["where"], wanted, (grader, answer, tolerance))
     if grader == "choice":
+        # An answer that is the text of one option and the letter of another could mean both.
         letters = {letter for letter, choice in zip(LETTERS, choices) if choice == gold}
         named = gold_letter(answer, len(choices))
         if named:
@@ -1057,12 +1090,14 @@ class Bird:
         otherwise ignored.
         """
         try:
+            # The question file: a list of dicts. Where no question_id is given, the place in the list serves.
             rows = replace_surrogates(json.loads(file.read_text("utf-8-sig")))
             entries = [{"question_id": i, **row} for i, row in enumerate(rows)]
             domains = {entry["db_id"] for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
             yield f"not a JSON list of questions with a db_id ({error!r:.200})"
             return
+        # The databases beside it, by file name, at any depth: archives differ in how they nest them.
         databases = {}
         for folder in file.parent.glob("*databases"):
             for path in files_below(folder):
@@ -1091,6 +1126,8 @@ class Bird:
             raise data_error(self.name, f"one of the databases {', '.join(sorted(self.files))}", domain)
         problems = self._problems[domain]
         db = str(self.files[domain])
+        # A problem whose gold query fails can be answered by nobody: it would lower all scores alike, and hide what
+        # edits gain.
         golds = in_parallel(lambda problem: gold_result(db, problem.gold, self.timeout), problems)
         good, errors = [], []
         for problem, gold in zip(problems, golds):
@@ -1130,7 +1167,10 @@ for another database:
         return self.grade_many([(problem, response)])[0]
 
     def grade_many(self, pairs: Sequence[tuple[Problem, str]], progress: str = "") -> list[Grade]:
-        """`grade` of every (problem, response), side by side; identical queries to a problem run once."""
+        """`grade` of every (problem, response), side by side; identical queries to a problem run once.
+
+        A training step on BIRD grades 1,680 by default (tests/RESULTS.md), and one may run for `timeout` seconds.
+        """
         jobs, lenient = [], []
         for problem, response in pairs:
             predicted = extract_sql(response)
@@ -1202,7 +1242,9 @@ def execution_match(db_path: str | Path, predicted: str, gold: str, timeout: flo
     Rows are tuples of what SQLite returns, compared as Python compares them: order and duplicates do not count, column
     order and number do; NULL equals NULL, 1 equals 1.0, '1' differs from 1; two empty results are equal. An error, a
     timeout, text that holds no query and a gold query that fails are wrong. The database file must exist
-    (FileNotFoundError). Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
+    (FileNotFoundError). The gold query has run before, on a connection of its own: on the same one, as in BIRD's own
+    evaluator, a prediction that deletes all rows would meet a gold result without rows, and be right.
+    Nothing in `predicted` can write, read another file, or outlast its limits: see `sql_worker`.
     """
     db = str(Path(db_path).resolve(strict=True))
     expected = gold_result(db, gold, timeout)
@@ -1317,6 +1359,7 @@ def ask_worker(db: str, sql: str, gold: bytes | None, timeout: float) -> Reply:
     except IndexError:
         worker = start_worker()
     try:
+        # Out as a pickle and back as one. Both ends are this file; what a model wrote is text in it, never the pickle.
         pickle.dump((db, sql, gold, timeout), worker.stdin)
         worker.stdin.flush()
         reply = pickle.load(worker.stdout)
@@ -1336,8 +1379,8 @@ def start_worker() -> subprocess.Popen:
     """
     if not hasattr(signal, "SIGALRM"):
         raise OSError(
-            "SQL that a model wrote runs in a sandbox of processes, limits and signals that Windows does not have: "
-            "use Linux, macOS or WSL for --task bird. All other tasks run here."
+            "SQL that a model wrote runs in a sandbox of processes, limits and signals which Windows does "
+            "not have: use Linux, macOS or WSL for --task bird. All other tasks run here."
         )
     here = Path(__file__).resolve()
     command = [sys.executable, "-c", f"import {here.stem} as d; d.sql_worker()"]
@@ -1356,6 +1399,7 @@ def sql_worker() -> None:
     with suppress(EOFError):
         while limit_memory(None) < clean + (32 << 20):
             db, sql, gold, timeout = pickle.load(sys.stdin.buffer)
+            # The clock runs while the query does, not while the worker waits for one.
             signal.setitimer(signal.ITIMER_REAL, timeout)
             reply = run_gold(db, sql) if gold is None else run_predicted(db, sql, gold)
             signal.setitimer(signal.ITIMER_REAL, 0)  # a reply is written whole or not at all
@@ -1402,6 +1446,7 @@ def run_gold(db: str, sql: str) -> Reply:
 def run_predicted(db: str, sql: str, gold: bytes) -> Reply:
     """In a worker: a prediction. It marks the gold rows that it returns, and the first row that is not among them
     refutes it: beyond the gold result it needs no memory, however much it would return."""
+    # The gold rows came from `run_gold`, not from a model. The 96 MiB are for the prediction alone.
     rows, sentence = pickle.loads(gold)
     limit_memory(96 << 20)
     try:
@@ -1409,6 +1454,7 @@ def run_predicted(db: str, sql: str, gold: bytes) -> Reply:
             cursor = connection.execute(sql)
             if cursor.description is None:
                 return False, NO_QUERY, b""
+            # Row by row: the first wrong one decides, so a huge result need never be held.
             for row in cursor:
                 if row not in rows:
                     wrong = f"your query returned {brief([row])}, which is wrong"
@@ -1416,6 +1462,7 @@ def run_predicted(db: str, sql: str, gold: bytes) -> Reply:
                 rows[row] = True
     except Exception as error:  # sqlite3.Error, MemoryError, a NUL or a lone surrogate: all just wrong
         return False, explain(db, sql, error_text(error)), b""
+    # All returned rows are right. Were all right ones returned?
     found = sum(rows.values())
     if found < len(rows):
         return False, f"your query returned only {found} of {sentence}", b""
@@ -1447,6 +1494,7 @@ def authorizer(harmless: Callable[[str], bool], recursive: bool) -> Callable:
     """What SQL may do; SQLite asks while it compiles a query. To read is allowed, a function if `harmless(its name)`,
     a recursive query if `recursive`, and nothing else."""
 
+    # Deny by default: what SQLite learns to do in a later version is forbidden until somebody allows it here.
     def verdict(action: int, _: str | None, function: str | None, *__: str | None) -> int:
         allowed = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
         if action == sqlite3.SQLITE_FUNCTION:
@@ -1572,6 +1620,8 @@ def read_folder(source: str) -> tuple[list[dict], list[dict]]:
             path = file.parent
         elif file.suffix not in (".jsonl", ".csv"):
             continue
+        # The path tells the part, train or test, and the subject: its file's name, or the folder's where the file is a
+        # part.
         names = [Path(name).stem for name in path.relative_to(root.parent).parts]
         if names[-1] in ("validation", "dev") or any(name.startswith(".") for name in names[1:]):
             continue

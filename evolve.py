@@ -63,11 +63,23 @@ Model = LocalModel | RemoteModel
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 # ---------------------------------------------------------------------------------------------------------------------
+# Line by line, and where each stands here (D is the holdout; the numbers are those of the comments in `evolve_all`):
+#
+#     n* = argmax R̄_n + C sqrt(ln N / v_n)     1  `EvolutionTree.select`, over all nodes, not only leaves
+#     k problems x of the domain               1  `draw_batch`, from the pool, which shares no problem with D
+#     y ~ π_θ(x, c), r = R(x, y): S            2  `solve_all`: chats to the solver, `task.grade` of its answers
+#     c_1 ~ f_ψ(c, S)                          3  `propose`, a chat to the editor
+#     R̄(c_1) on D                              4  `accept`, by `score_all`
+#     attach (c_1, S, R̄(c_1)) under n*         5  `EvolutionTree.add`
+#     return argmax R̄                             `EvolutionTree.best`
 
 
 @dataclass
 class Edit:
-    """What the editor made of some instructions and a summary."""
+    """What the editor made of some instructions and a summary.
+
+    An invalid one is kept as well: it is counted, shown with the reason, and in training learned from.
+    """
 
     text: str  # all that it wrote
     instructions: str | None  # c_1, the new instructions; None where nothing usable can be read
@@ -82,7 +94,10 @@ class Edit:
 
 @dataclass
 class Round:
-    """One round of one domain's tree. Algorithm 1 fills it from top to bottom."""
+    """One round of one domain's tree. Algorithm 1 fills it from top to bottom.
+
+    One object, not parallel lists of parents, batches and edits: so no score can end up with another tree's edit.
+    """
 
     domain: str
     tree: EvolutionTree
@@ -115,11 +130,14 @@ def evolve_all(
     solved stops, unless `stop` is False. `on_round(trees)` is called after each round; `progress` names the progress
     bar, "" shows none. ValueError: method or search does not exist.
     """
+    # A method is a rule and two functions: so the loop below is the same for LSE and for every baseline.
     rule = search_rule(task, method, search)
     propose, accept = METHODS[method].propose, METHODS[method].accept
+    # Split once per run. Were each node scored on problems of its own, two scores would differ by the problems as well.
     splits = {domain: split_problems(task.problems(domain), s) for domain in trees}
     done = rounds_done(trees)
     for number in round_numbers(done, s.rounds, progress):
+        # A resumed run sets the same seed at the same round, so it draws what the killed one would have drawn.
         seed_draws(s.seed, number)
         growing = {d: tree for d, tree in trees.items() if not (stop and solved(tree))}
         if not growing:
@@ -135,6 +153,7 @@ def evolve_all(
         for r, answers in zip(rounds, solve_all(task, solver, jobs, **solver_sampling(s))):
             r.summary = answers
         # 3. The editor reads instructions and summary, and writes new instructions: see `propose_lse`.
+        # A visit counts per round, a node per edit: all --edits of a round read the same summary.
         rounds = [replace(r) for r in rounds for _ in range(s.edits)]  # one copy of the round per edit
         propose(task, editor, rounds, s)
         reject_long(solver, [r.edit for r in rounds], s.max_instruction_tokens)
@@ -146,12 +165,16 @@ def evolve_all(
             text = r.edit.instructions or r.edit.text
             score = fmean(r.scores) if r.edit.valid else None
             r.tree.add(r.parent, text, score, r.scores, r.summary, r.edit.note)
+        # After the whole round, never within it: what is saved is a state that can be gone on from.
         on_round(trees)
     return trees  # the paper's argmax R̄ is tree.best()
 
 
 def solved(tree: EvolutionTree) -> bool:
-    """Whether a node answers its whole holdout right, at every sample: then no edit can be better."""
+    """Whether a node answers its whole holdout right, at every sample: then no edit can be better.
+
+    Better on the holdout, that is. On the test problems it may still be wrong, but nothing here may look at those.
+    """
     return tree.best().score == 1
 
 
@@ -171,7 +194,8 @@ def round_numbers(done: int, rounds: int, name: str) -> tqdm:
 def seed_draws(*place: int) -> None:
     """Let the sampling that follows depend on (seed, place in the run) alone: then a resumed run repeats it.
 
-    Python hashes a tuple of integers to the same number in every process.
+    Python hashes a tuple of integers to the same number in every process. (Of text it does not, unless told to: where
+    a draw depends on a name, as in `split_problems`, random.Random(text) is used, which is the same everywhere.)
     """
     torch.manual_seed(hash(place))
 
@@ -187,8 +211,13 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
     The pool feeds summaries, the holdout scores nodes, and the test problems are asked once, at the end. Where the task
     prescribes the splits, --holdout and --test can only make them smaller. ValueError with the numbers where there are
     too few problems.
+
+    >>> problems = [Problem(str(i), f"{i} + 1?", str(i + 1), "sums") for i in range(10)]
+    >>> {name: len(part) for name, part in split_problems(problems, Settings(k=2, holdout=3, test=4)).items()}
+    {'pool': 3, 'holdout': 3, 'test': 4}
     """
     domain = problems[0].domain if problems else "this domain"
+    # Splits that the task prescribes hold for every seed: a published test set stays one.
     if problems and all(p.split for p in problems):
         pool = [p for p in problems if p.split == "pool"]
         holdout = [p for p in problems if p.split == "holdout"]
@@ -207,6 +236,7 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
             f"{s.k} + {s.holdout} + {s.test}: choose smaller --k, --holdout or --test, "
             "or other --domains."
         )
+    # By seed and domain alone: both editors and all methods are compared on the same problems.
     shuffled = random.Random(f"{s.seed}/{domain}").sample(distinct, len(distinct))
     holdout, rest = shuffled[: s.holdout], shuffled[s.holdout :]
     return {"pool": rest[s.test :], "holdout": holdout, "test": rest[: s.test]}
@@ -223,7 +253,7 @@ def distinct_problems(problems: list[Problem]) -> list[Problem]:
 def draw_batch(
     pool: list[Problem], s: Settings, domain: str, round_number: int, place: int | None = None
 ) -> list[Problem]:
-    """k problems, drawn with replacement as in the paper.
+    """k problems, drawn with replacement as in the paper: a small pool may give the same one twice.
 
     They depend on seed, domain and round alone: every method and every search rule sees the same, a resumed run too.
     `place` tells draws of one domain and round apart: in training a domain may come twice in a batch of states.
@@ -238,17 +268,20 @@ def solve_all(task, solver, jobs: list[Job], samples: int = 1, **sampling) -> li
     Returns one list per job: `samples` answers for each problem, those of one problem together. One call for many
     domains and edits is what keeps a GPU or a server busy.
     """
+    # Out: every problem of every job as a chat, in one flat list.
     asked: list[Problem] = []
     chats = []
     for instructions, problems in jobs:
         for problem in problems:
             asked.append(problem)
             chats.append(task.solve_chat(instructions, problem))
+    # Back: `samples` responses per chat, each with its problem.
     pairs: list[tuple[Problem, Sample]] = []
     for problem, drawn in zip(asked, solver.sample(chats, n=samples, **sampling)):
         for sample in drawn:
             pairs.append((problem, sample))
 
+    # Taken apart again in the order in which they were put together, so each answer gets back to its job.
     answers = iter(grade_all(task, solver, pairs))
     out = []  # the same answers, job by job
     for _, problems in jobs:
@@ -279,6 +312,8 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
                 lenient=grade.lenient,
             )
         )
+        # An answer that a server failed to give is counted as failed, by lse.py, and not once more as unreadable. Both
+        # are wrong answers: a score that left them out would rise with every answer that is lost.
         if not grade.readable and not sample.error:
             solver.usage.unreadable += 1
         if grade.lenient:
@@ -294,11 +329,16 @@ def solve(
 
 
 def score_all(task, solver, jobs: list[Job], s: Settings) -> list[list[float]]:
-    """Per job, the share of right answers to each problem; the mean of a job's shares is R̄ (eq. 4)."""
+    """Per job, the share of right answers to each problem; the mean of a job's shares is R̄ (eq. 4).
+
+    Shares and not the mean alone: the rule "pareto" compares problem by problem, and so do the errors of gains. Shares
+    are 0 or 1 where --samples is 1, and multiples of 1/8 where it is 8, as in the paper's protocol.
+    """
     out = []
     for answers in solve_all(task, solver, jobs, s.samples, **solver_sampling(s)):
         shares = []
         for start in range(0, len(answers), s.samples):
+            # The answers to one problem stand side by side.
             shares.append(fmean(a.correct for a in answers[start : start + s.samples]))
         out.append(shares)
     return out
@@ -318,6 +358,7 @@ def edit_chat(
     what a local model reads: the rest is for writing. `max_new` is the budget of the new instructions, 0 for none; the
     editor is told of it at the end of the chat.
     """
+    # A prompt beyond the context is no error to most models: they answer nonsense, so it must not get that far.
     max_prompt = max_prompt or context_length(editor) * 3 // 4
     kept = list(summary)
     chat = add_budget(task, task.edit_chat(instructions, kept), max_new)
@@ -347,7 +388,10 @@ def add_budget(task, chat: list[dict], most: int) -> list[dict]:
 
 
 def reject_long(solver, edits: list[Edit], most: int) -> None:
-    """Reject the edits of more than `most` tokens, counted as the solver reads them; 0: none is too long."""
+    """Reject the edits of more than `most` tokens, counted as the solver reads them; 0: none is too long.
+
+    The solver pays for instructions with each of its answers, so their length is a cost that no score shows.
+    """
     for edit in edits:
         if most and edit.valid:
             tokens = text_tokens(solver, edit.instructions)
@@ -356,7 +400,7 @@ def reject_long(solver, edits: list[Edit], most: int) -> None:
 
 
 def text_tokens(model, text: str) -> int:
-    """Tokens of a text as a model reads it; for a remote model a quarter of the characters."""
+    """Tokens of a text as a model reads it; for a remote model a quarter of the characters, as in English."""
     if hasattr(model, "tokenizer"):
         return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     return len(text) // 4
@@ -381,9 +425,15 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
 
     An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none. A reader that
     needs no tags takes `cut`, and so is told.
+
+    >>> read_edit(None, Sample("<prompt>Answer in one word.</prompt>", None, None, truncated=False)).instructions
+    'Answer in one word.'
+    >>> read_edit(None, Sample("<prompt>Answer in one", None, None, truncated=True)).note
+    'cut off before </prompt>'
     """
     if sample.error:
         return Edit(sample.text, None, f"no response: {sample.error}", sample)
+    # What is read, and the words for where it should have stood: a note is shown to people, in the tree and the report.
     own_reader = getattr(task, "read_edit", None)
     place, end = f"in <{tag}> tags", f"before </{tag}>"
     if own_reader is None:
@@ -394,6 +444,7 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
     else:
         instructions = own_reader(sample.text)
     note = ""
+    # Why it cannot be used. Too few tokens and a wrong form have different remedies, so they get different notes.
     if instructions is None and sample.truncated:
         note = f"cut off {end}"
     elif instructions is None:
@@ -410,6 +461,12 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
 # propose(task, editor, rounds, s) writes the edit of every round, in one batch of the editor.
 # accept(task, solver, rounds, s) scores the edits that deserve it, in one batch of the solver; to an edit that the
 # method rejects it adds the reason, as a note.
+#
+#                rewrites by                   keeps                              edits next
+#     lse        one call                      every edit that can be read        what --search says, UCB by default
+#     gepa       one call                      what beats its parent on x_1..k    a node of the Pareto front
+#     textgrad   a critique, then a rewrite    what does not lower the score      the newest kept
+#     reflexion  adding one lesson             every edit that can be read        the newest
 
 
 def propose_lse(task, editor, rounds: list[Round], s: Settings) -> None:
@@ -430,7 +487,10 @@ def ask_for_edits(task, editor, rounds: list[Round], chats: list, s: Settings, t
 
 
 def accept_lse(task, solver, rounds: list[Round], s: Settings) -> None:
-    """Score every edit that can be read. A bad one gets a low score, which is what the search goes by."""
+    """Score every edit that can be read. A bad one gets a low score, which is what the search goes by.
+
+    It is kept all the same: what comes of it later may be good, and the tree can always step back.
+    """
     worth = [r for r in rounds if r.edit.valid]
     jobs = [(r.edit.instructions, r.holdout) for r in worth]
     for r, scores in zip(worth, score_all(task, solver, jobs, s)):
@@ -441,6 +501,7 @@ def accept_gepa(task, solver, rounds: list[Round], s: Settings) -> None:
     """GEPA's gate: an edit is scored on the holdout only if it answers more of this round's batch than its parent did.
 
     In all else GEPA is LSE that selects the node to edit from the Pareto front (lse.EvolutionTree.pareto_front).
+    The gate costs k answers per edit, and saves the holdout's where it shuts: 10 against 400 in the paper's protocol.
     """
     tried = [r for r in rounds if r.edit.valid]
     jobs = [(r.edit.instructions, r.batch) for r in tried]
@@ -450,6 +511,7 @@ def accept_gepa(task, solver, rounds: list[Round], s: Settings) -> None:
         after = sum(a.correct for a in answers)
         if after <= before:
             r.edit.note = f"no better on its minibatch than {before} of {len(r.batch)}"
+    # An edit with a note is no longer valid, so only those that passed are scored.
     accept_lse(task, solver, rounds, s)
 
 
@@ -465,11 +527,13 @@ Improve the instructions below with the help of the feedback. Write the full new
 
 def propose_textgrad(task, editor, rounds: list[Round], s: Settings) -> None:
     """TextGrad's "gradient" is text: a critique of the instructions, which a second call applies."""
+    # First call: what is wrong with the instructions?
     chats = []
     for r in rounds:
         request = CRITIC.format(r.parent.instructions, failures(r.summary))
         chats.append([{"role": "user", "content": request}])
     critiques = editor.sample(chats, **editor_sampling(s))
+    # Second call: the rewrite. It sees the critique and not the failures, so what was not said there is lost.
     chats = []
     for r, (critique,) in zip(rounds, critiques):
         request = REWRITE.format(r.parent.instructions, critique.text)
@@ -488,6 +552,7 @@ def failures(summary: list[Answer], most: int = 6) -> str:
     for a in wrong:
         first.setdefault(a.feedback, a)
     repeated = [a for a in wrong if first[a.feedback] is not a]
+    # New kinds of errors first, then what is left of the others, six in all.
     blocks = []
     for a in [*first.values(), *repeated][:most]:
         parts = (a.question, f"answer: {a.answer}", f"expected: {a.gold}", a.feedback)
@@ -496,7 +561,10 @@ def failures(summary: list[Answer], most: int = 6) -> str:
 
 
 def accept_textgrad(task, solver, rounds: list[Round], s: Settings) -> None:
-    """Score every edit, and take back one that lowers the holdout score; an equal one is kept."""
+    """Score every edit, and take back one that lowers the holdout score; an equal one is kept.
+
+    What is taken back has no score in the tree, so the chain goes on from where it was before.
+    """
     accept_lse(task, solver, rounds, s)
     for r in rounds:
         if r.scores is not None and fmean(r.scores) < r.parent.score:
@@ -514,10 +582,12 @@ def propose_reflexion(task, editor, rounds: list[Round], s: Settings) -> None:
     chats = []
     for r in rounds:
         chat, _ = edit_chat(task, editor, r.parent.instructions, r.summary, **limits(s))
+        # The same chat as for a rewrite, and behind it what is wanted instead.
         last = {"role": chat[-1]["role"], "content": chat[-1]["content"] + "\n\n" + LESSON}
         chats.append([*chat[:-1], last])
     ask_for_edits(task, editor, rounds, chats, s, "lesson")
     for r in rounds:
+        # What was read is one lesson; what is scored are the instructions with it.
         if r.edit.valid:
             r.edit.instructions = add_lesson(r.parent.instructions, r.edit.instructions)
 
@@ -580,6 +650,7 @@ def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, floa
     perfect = getattr(task, "perfect_instructions", None)
     if perfect is None:
         return None
+    # Draws of their own: a look at the headroom changes nothing of what comes after it.
     seed_draws(s.seed, 0, 2)
     jobs = []
     for domain in domains:
@@ -587,6 +658,7 @@ def headroom(task, solver, domains: list[str], s: Settings) -> tuple[float, floa
         jobs.append((task.seed_instructions, holdout))
         jobs.append((perfect(domain), holdout))
     scores = [fmean(shares) for shares in score_all(task, twin(solver), jobs, s)]
+    # Jobs were put together in pairs: seed, perfect, seed, perfect, ...
     return fmean(scores[0::2]), fmean(scores[1::2])
 
 
@@ -597,6 +669,7 @@ def seed_trees(task, domains: list[str], solver, s: Settings) -> dict[str, Evolu
     for domain in domains:
         holdout = split_problems(task.problems(domain), s)["holdout"]
         jobs.append((task.seed_instructions, holdout))
+    # R̄(c_0), the first baseline: the score that edits of the root are compared with.
     trees = {}
     for domain, scores in zip(domains, score_all(task, solver, jobs, s)):
         trees[domain] = EvolutionTree(task.seed_instructions, fmean(scores), scores, c=s.c)
@@ -633,6 +706,8 @@ def final_test(
     Where no edit beat the seed instructions both are the same answers, and the gain is exactly 0.
     """
     seed_draws(s.seed, 0, 1)
+    # Each instructions once. Asked twice at a temperature above 0, equal instructions would differ by noise, and that
+    # would look like a gain.
     asked: list[tuple[str, str]] = []  # (domain, instructions), each once
     for domain, tree in trees.items():
         for node in (tree.nodes[0], tree.best()):
@@ -642,6 +717,7 @@ def final_test(
     for domain, instructions in asked:
         jobs.append((instructions, split_problems(task.problems(domain), s)["test"]))
     scores = dict(zip(asked, score_all(task, solver, jobs, s)))
+    # And given to both where they are the same.
     out = {}
     for domain, tree in trees.items():
         seed, best = tree.nodes[0].instructions, tree.best().instructions
@@ -666,6 +742,7 @@ def domain_facts(
         if domain in tests:
             fact["test"] = [fmean(scores) for scores in tests[domain]]
         fact["tokens"] = [text_tokens(solver, node.instructions) for node in (seed, best)]
+        # All that could leak into instructions: problems of the summaries, and the holdout, which guided the search.
         seen = parts["pool"] + parts["holdout"]
         fact["copies"] = copies(best.instructions, seed.instructions, seen)
         fact["near_twins"] = near_twins(parts["test"], parts["pool"])
@@ -681,7 +758,8 @@ SHORT = 8  # a gold answer of fewer characters stands in many a text by chance
 def copies(instructions: str, seed: str, problems: list[Problem]) -> dict[str, int]:
     """How many questions and gold answers of the problems stand word for word in instructions, and not in the seed's.
 
-    Case and spaces do not matter. Of equal ones each counts once.
+    Case and spaces do not matter. Of equal ones each counts once. A copy is no fault by itself, since facts of a domain
+    are what instructions are for; but a score that rests on copies says little of other problems.
 
     >>> seen = [Problem("1", "Who wrote Emma?", "Jane Austen", "x"), Problem("2", "Who wrote Ulysses?", "Joyce", "x")]
     >>> copies("Novels: who wrote  Emma? JANE AUSTEN. Others: Joyce.", "Answer.", seen)
@@ -709,7 +787,16 @@ def plain(text: str) -> str:
 
 
 def near_twins(problems: list[Problem], others: list[Problem]) -> int:
-    """How many problems nearly stand among the others: both share four fifths of their words, choices included."""
+    """How many problems nearly stand among the others: both share four fifths of their words, choices included.
+
+    That is the overlap of two sets, common words by all words; order and repetition do not count.
+
+    >>> test = [Problem("1", "Who wrote the novel Emma?", "Austen")]
+    >>> near_twins(test, [Problem("2", "And who wrote the novel 'Emma'?", "Jane Austen")])  # 5 of 6 words
+    1
+    >>> near_twins(test, [Problem("3", "Who wrote the novel Ulysses?", "Joyce")])  # 4 of 6
+    0
+    """
     twins = 0
     theirs = [words_of(other) for other in others]
     for problem in problems:
@@ -724,7 +811,7 @@ def words_of(problem: Problem) -> set[str]:
 
 
 def mean_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error; nan where one value cannot tell.
+    """Mean and its standard error, the standard deviation (n − 1) by the root of n; nan where one value cannot tell.
 
     >>> mean_error([1.0, 3.0])
     (2.0, 1.0)
@@ -739,8 +826,12 @@ def gains(pairs: dict[str, tuple[list[float], list[float]]]) -> dict:
 
     The gain is paired: before and after are the same problems, so that hard ones do not count as noise. Its standard
     error is over domains, or over the problems of a single domain; None if there is only one.
+
+    >>> gains({"a": ([0.0, 0.5], [1.0, 0.5]), "b": ([0.5, 0.5], [0.5, 0.5])})
+    {'seed': 0.375, 'best': 0.625, 'gain': 0.25, 'stderr': 0.25, 'domains': {'a': [0.25, 0.75], 'b': [0.5, 0.5]}}
     """
     means = {domain: [fmean(before), fmean(after)] for domain, (before, after) in pairs.items()}
+    # What varies: domains, if there are several, for a new domain is what the user will have; else problems.
     if len(means) > 1:
         differences = [after - before for before, after in means.values()]
     else:
@@ -785,6 +876,8 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     best, however long it grows.) Table and report are saved after each row, trees after each round, so that --resume
     repeats no edit (it counts the answers since then). The report shows the first domain under the last seed.
     """
+    # Each editor with every rule of LSE's own and every baseline: which of the two, editor or search, makes the
+    # difference?
     contestants = []
     for label, model in (("untrained", twin(solver)), ("trained", editor)):
         contestants.append(Contestant(label, model, "lse", "chain"))
@@ -796,11 +889,13 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     print("\n".join(lines), flush=True)
     shown: dict[str, EvolutionTree] = {}
     title = f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}"
+    # A row is finished before the next begins, and saved: a table that is cut off is still a table.
     for row in contestants:
         name = f"{row.label} | {row.method} ({search_rule(task, row.method, row.search)})"
         for seed in range(s.seed, s.seed + s.seeds):
             own = replace(s, seed=seed)
             trees = grow_and_test(task, domains, solver, row, own, out / "trees", name)
+        # First over seeds, then over domains: the seeds of one domain are no independent domains.
         cells = [mean_cell(row.holdout), mean_cell(row.test), mean_cell(row.seed_test)]
         lines.append(f"| {name} | {' | '.join(cells)} | {row.answers // s.seeds:,} |")
         print(lines[-1], flush=True)
@@ -816,6 +911,7 @@ def grow_and_test(
     """The trees of one contestant under one seed; its scores are added to the row."""
     own_folder = folder / f"{row.label}-{row.method}-{row.search}-{s.seed}"
     before = solver.usage.answers
+    # One folder per row and seed, so that a resumed table knows what it has.
     trees = restore_trees(own_folder, domains, stop=False)
     if not trees:
         trees = seed_trees(task, domains, solver, s)
@@ -823,6 +919,7 @@ def grow_and_test(
     save = partial(save_trees, own_folder)
     bar = f"{name}, seed {s.seed}"
     evolve_all(task, trees, solver, row.editor, s, row.search, row.method, save, bar, stop=False)
+    # GEPA asks for more answers per edit, or fewer where its gate shuts: without this column that would not be seen.
     row.answers += solver.usage.answers - before  # the search's; the test asks all rows alike
     row.holdout.append([tree.best().score for tree in trees.values()])
     if s.test:
@@ -833,7 +930,11 @@ def grow_and_test(
 
 
 def mean_cell(scores: list[list[float]]) -> str:
-    """Scores [seed][domain] as "mean ± standard error over domains"; "–" where there are none."""
+    """Scores [seed][domain] as "mean ± standard error over domains"; "–" where there are none.
+
+    >>> mean_cell([[0.0, 0.75], [0.5, 0.75]])
+    '0.500 ± 0.250'
+    """
     if not scores:
         return "–"
     of_domains = [fmean(of_seeds) for of_seeds in zip(*scores)]
@@ -972,7 +1073,7 @@ PRESETS = {
     "keep_states": Preset(mini=True, shop=False, paper=True, rehearsal=True),
     "state_floor": Preset(mini=0.1, shop=1.0, paper=0.1, rehearsal=0.1),
 }
-# All other numbers may be 0.
+# All other numbers but top_p may be 0.
 AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds", "edits")
 AT_MOST_ZERO = ("invalid_reward",)
 
@@ -983,6 +1084,7 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
 
     `remote`: the models run elsewhere, so this machine needs no GPU. ValueError names what no run could work with.
     """
+    # 1. Which column of the table. --paper-protocol asks for the paper's whatever the task, and wherever it runs.
     paper_protocol = getattr(settings, "paper_protocol", False)
     if paper_protocol:
         kind = "paper"
@@ -997,6 +1099,7 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
                 "No GPU here: what you do not set is a rehearsal's. Every line of code runs, "
                 "and nothing can be learned."
             )
+    # 2. Every None becomes a value of that column. What the user gave stays, and so a preset never overrules anybody.
     training = hasattr(settings, "steps")
     filled = {}
     for each in fields(settings):
@@ -1005,10 +1108,12 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
             filled[each.name] = getattr(preset, kind)
             if kind == "paper" and training and preset.training is not None:
                 filled[each.name] = preset.training
+    # The paper keeps no problems for a test; its number is the best holdout score.
     if paper_protocol and settings.test is None:
         filled["test"] = 0
     s = replace(settings, **filled)
 
+    # 3. Could any run work with them? Better asked here than after the models are loaded.
     for name, value in asdict(s).items():
         if not is_possible(name, value):
             raise ValueError(f"--{name.replace('_', '-')} cannot be {value}.")
@@ -1016,7 +1121,11 @@ def with_presets(settings: Settings, remote: bool = False) -> Any:
 
 
 def is_possible(name: str, value: object) -> bool:
-    """Whether any run could work with this value of a setting."""
+    """Whether any run could work with this value of a setting.
+
+    >>> is_possible("k", 0), is_possible("test", 0), is_possible("top_p", 0.0), is_possible("invalid_reward", -0.2)
+    (False, True, False, True)
+    """
     if not isinstance(value, (int, float)):
         return True
     if name in AT_MOST_ZERO:
@@ -1058,8 +1167,9 @@ def editor_sampling(s: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MINIATURE = Path(__file__).parent / "tests" / "miniature"  # a tiny solver and editor, ready made
-# Parameters. Below that a GPU is slower than a CPU, and a second thread gains a tenth on an idle machine but loses minutes
-# on a busy one: measured, `python evolve.py` takes 12 s with one and 10 s with two; beside three other jobs, 5 minutes.
+# Parameters. Below that a GPU is slower than a CPU, and a second thread gains a tenth on an idle machine but loses
+# minutes on a busy one: measured, `python evolve.py` takes 12 s with one and 10 s with two; beside three other jobs, 5
+# minutes.
 TINY = 10_000_000
 
 
@@ -1078,12 +1188,15 @@ def load_model(name: str | Path, max_batch_tokens: int = 0, dtype: str = "auto")
         # half a download: transformers makes an empty one without a word
         if not tokenizer("a")["input_ids"]:
             raise ValueError("its tokenizer files are missing")
+        # bfloat16 has the exponent of float32: no overflow, and half the memory. Training keeps float32 masters beside
+        # it (lse.MasterAdamW), since bfloat16 would round its steps away.
         gpu = torch.cuda.is_available()
         wanted = dtype
         if dtype == "auto":
             wanted = "bfloat16" if gpu else "float32"
         options["dtype"] = getattr(torch, wanted)
         model = AutoModelForCausalLM.from_pretrained(place, **options)
+        # Where it computes. How large a model is shows only once it is loaded.
         if model.num_parameters() < TINY:
             torch.set_num_threads(1)
             if gpu and dtype == "auto":  # once more: rounding to bf16 cannot be undone
@@ -1139,6 +1252,7 @@ def load_models(s: Config) -> tuple[Model, Model]:
     if s.task == "mini":
         solver_name = solver_name or str(MINIATURE / "base")
         editor_name = editor_name or str(MINIATURE / "editor")
+    # Only the miniature brings models of its own; guessing a name would start a download.
     for role, name in (("solver", solver_name), ("editor", editor_name)):
         if not name:
             raise ValueError(
@@ -1173,8 +1287,10 @@ def check_models(
     learns in train mode. Behind a server nobody can look.
     """
     seed = task.seed_instructions
+    # The shortest and the longest question: chats of different lengths are where padding, masks and positions go wrong.
     by_length = sorted(problems, key=lambda problem: len(problem.question))
     asked = [task.solve_chat(seed, problem) for problem in (by_length[0], by_length[-1])]
+    # No answers yet: gold ones stand in, so that the editor's prompts look as they will.
     summary = [Answer("", p.question, p.gold, p.gold, p.gold, True) for p in problems[: s.k]]
     shown = []
     for answers in (summary[:1], summary):
@@ -1234,6 +1350,7 @@ def plan_lines(
     `models` are solver and editor, `calls` the numbers of responses they are asked for, `size` the bytes that `out` may
     grow by. The grader is tried as well: nothing fails after hours that could have failed before the first model call.
     """
+    # The grader is tried on an empty answer: a missing database or package shows here.
     solver, editor = models
     answers, edits = calls
     longest = max(problems, key=lambda problem: len(str(task.solve_chat("", problem))))
@@ -1244,12 +1361,14 @@ def plan_lines(
     summary = [Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
     asked = task.solve_chat(instructions, longest)
     shown, _ = edit_chat(task, editor, instructions, summary, **limits(s))
+    # A limit that the seed instructions break would reject every edit that keeps them.
     seed_tokens = text_tokens(solver, task.seed_instructions)
     if 0 < s.max_instruction_tokens < seed_tokens:
         raise ValueError(
             f"The seed instructions have {seed_tokens} tokens, more than --max-instruction-tokens "
             f"{s.max_instruction_tokens}: no edit of them would fit."
         )
+    # What it costs at most, in the units that bills and clocks go by: responses, tokens, bytes.
     lines = [
         f"{'':8}{'up to':>12}{'tokens to read':>18}{'tokens to write':>18}{'weights':>12}   model",
         plan_row("solver", solver, asked, answers, s.solver_tokens, s),
@@ -1265,7 +1384,10 @@ def plan_lines(
 
 
 def plan_row(role: str, model, chat: list[dict], asked: int, new: int, s: Settings) -> str:
-    """What one model is asked for, `asked` responses of up to `new` tokens. ValueError if it cannot read the chat."""
+    """What one model is asked for, `asked` responses of up to `new` tokens. ValueError if it cannot read the chat.
+
+    Tokens to read are `asked` times the longest prompt, so an upper bound; prompts that rows share are read once.
+    """
     prompt = count_tokens(model, chat)
     reads = context_length(model)
     if 0 < reads < prompt + new:  # beyond its context a model answers nonsense without a warning
@@ -1321,10 +1443,13 @@ def duration(seconds: float) -> str:
 
 def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
     """How many trees, and what they cost at most. ValueError as `plan_lines`."""
+    # How many trees, and so how many calls.
     trees = len(splits)
     if s.compare:  # two editors, and each with two more search rules than there are methods
         trees *= s.seeds * 2 * (2 + len(methods(task)))
     answers, edits = count_calls(trees, s)
+    # How many problems the smallest domain has in each split: few in the holdout make scores coarse, few in the test
+    # errors wide.
     problems, sizes = [], []
     for parts in splits.values():
         sizes.append([len(parts["pool"]), len(parts["holdout"]), len(parts["test"])])
@@ -1351,7 +1476,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 def atomic_write(path: Path, save: Callable[[Path], object]) -> None:
     """A file or folder that `save(temporary_path)` fills, and that is renamed then: a kill leaves the old or the new.
 
-    SystemExit, in one sentence, if it cannot be written; what was there before stays.
+    SystemExit, in one sentence, if it cannot be written; what was there before stays. The temporary name lies in the
+    same folder, since only within a file system a rename is one step. A folder takes two: between them the old one is
+    gone, and the new one, complete, still has the temporary name.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -1388,11 +1515,13 @@ def save_model(model: LocalModel, folder: Path) -> None:
     source = source_folder(model.source)
 
     def save(temporary: Path) -> None:
+        # Weights, and configs as this version of transformers spells them.
         model.model.save_pretrained(temporary)
         if source is None:
             model.tokenizer.save_pretrained(temporary)
             spell_for_old_readers(temporary)
             return
+        # Those configs go, and the checkpoint's own take their place.
         for name in ("config.json", "generation_config.json"):
             (temporary / name).unlink(missing_ok=True)
         for pattern in KEPT:
@@ -1417,6 +1546,7 @@ def spell_for_old_readers(folder: Path) -> None:
     Version 5 writes the RoPE base into "rope_parameters", which version 4 does not know: it would silently take 10,000.
     Its tokenizer class "TokenizersBackend" does not exist there, nor may "extra_special_tokens" be a list.
     """
+    # RoPE: the base and the scaling of positions.
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
@@ -1431,6 +1561,7 @@ def spell_for_old_readers(folder: Path) -> None:
         config["partial_rotary_factor"] = rope["partial_rotary_factor"]
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    # The tokenizer: its class, and the tokens that are its own.
     tokenizer_file = folder / "tokenizer_config.json"
     config = json.loads(tokenizer_file.read_text(encoding="utf-8"))
     if config["tokenizer_class"] == "TokenizersBackend":
@@ -1456,12 +1587,15 @@ def open_run(s: Settings, out: Path, free: list[str], look: bool = False) -> Non
     `free` names the settings that may differ when a run is resumed. `look` only finds out. A folder is deleted only if
     it holds a config.json of this very script: a checkpoint, which has one too, never is.
     """
+    # What is there, and how it differs from what is asked for.
     file, settings = out / "config.json", asdict(s)
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     changed = []
     for name, value in settings.items():
         if name not in [*free, "resume", "overwrite"] and old.get(name) != value:
             changed.append(f"--{name.replace('_', '-')} was {old.get(name)!r}, is now {value!r}")
+    # Reasons to stop, the most dangerous first: a folder of something else, a run that would be overwritten, none to
+    # resume, one that was run otherwise.
     if old and not old.keys() >= settings.keys() - set(free):
         raise SystemExit(f"{out} is no run of this script: name another --out.")
     if old and not s.resume and not s.overwrite:
@@ -1477,6 +1611,7 @@ def open_run(s: Settings, out: Path, free: list[str], look: bool = False) -> Non
         )
     if not os.access(nearest(out), os.W_OK):
         raise SystemExit(f"{out} cannot be written: name another --out.")
+    # A dry run ends here: up to this line nothing is written, from the next one on something is.
     if look:
         return
     try:
@@ -1530,9 +1665,11 @@ def restore_trees(
         raise ValueError(
             f"{folder} holds a file that is no tree ({error}): start over with --overwrite."
         ) from None
+    # To which round? To the last one that all trees have finished.
     growing = [tree.rounds for tree in trees.values() if not (stop and solved(tree))]
     rounds = min(growing, default=rounds_done(trees))
     for tree in trees.values():
+        # Cut off are the nodes of later rounds, and the visit by which each of those rounds began.
         edits = (len(tree.nodes) - 1) // max(1, tree.rounds)  # of a round: the seed's node is of none
         size = 1 + rounds * edits
         for node in tree.nodes[size::edits or 1]:  # one of each round
@@ -1549,6 +1686,7 @@ def restore_trees(
 
 def main(s: Config) -> None:
     """Check everything, then evolve some domains and say what was gained, or compare."""
+    # Everything that can fail early fails here: settings, data, splits, models, the plan of what it costs.
     s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
     task = load_task(s.task, s.data or None)
     out = Path(s.out or f"{run_folder(s.task)}-evolve")
@@ -1557,6 +1695,7 @@ def main(s: Config) -> None:
     rule = search_rule(task, s.method, s.search)
     solver, editor = load_models(s)
     print(plan(task, splits, solver, editor, s, out), flush=True)
+    # A run to go on with? Its trees must not be longer than what is asked for now.
     trees = {}
     if s.resume and not s.compare:
         trees = restore_trees(out / "trees", domains)
@@ -1567,6 +1706,7 @@ def main(s: Config) -> None:
     if s.dry_run:
         print("A dry run: no model was asked, nothing was written.")
         return
+    # From here on models are asked. First: is what they sample what they compute?
     checks = check_models(task, splits[domains[0]]["pool"], solver, editor, s)
     print(check_text(checks), flush=True)
     if s.compare:
@@ -1577,6 +1717,7 @@ def main(s: Config) -> None:
         save_trees(out / "trees", trees)
         edit_outcome(editor, trees, s)
 
+    # The seed instructions are scored first: all edits are compared with them, and their pace is the run's.
     if not trees:
         started = time.time()
         trees = seed_trees(task, domains, solver, s)
@@ -1599,6 +1740,7 @@ def finish(
     checks: dict[str, Check],
 ) -> None:
     """Test, save, and say what came out: the trees, the optimistic and the honest number, the cost."""
+    # The best node was chosen by these scores, so its own is too high on average; the test's is not.
     holdout = {domain: (tree.nodes[0].scores, tree.best().scores) for domain, tree in trees.items()}
     results: dict[str, Any] = {"config": asdict(s)}
     results["instructions"] = {domain: tree.best().instructions for domain, tree in trees.items()}
@@ -1610,10 +1752,12 @@ def finish(
     results["domains"] = domain_facts(task, trees, tests, solver, s)
     results |= account(trees, solver, editor, checks)
     save_text(out / "results.json", json.dumps(results, indent=1))
+    # The report shows twenty trees at most; all of them are in trees/.
     shown = dict(list(trees.items())[:20])
     notes = {domain: facts_text({domain: results["domains"][domain]}) for domain in shown}
     write_report(out / "report.html", shown, f"{s.task}: {s.method}", notes)
 
+    # On the screen, what a user wants to see first: the instructions.
     printed = list(trees) if len(trees) <= 3 else list(trees)[:1]
     for domain in printed:
         print(f"\n{printable(domain)} (* leads to the best node)\n{tree_text(trees[domain])}")
@@ -1646,6 +1790,7 @@ def account(trees: dict[str, EvolutionTree], solver, editor, checks: dict[str, C
 def account_text(results: dict, s: Settings) -> str:
     """The same in a few lines; where most responses of a model were lost, with what helps."""
     since = " since --resume" if s.resume else ""
+    # Cost first, since a gain without its cost says little; advice only where more than half was lost.
     lines = []
     for role, counted in results["cost"].items():
         counts = ", ".join(f"{count:,} {name}" for name, count in counted.items())
@@ -1709,7 +1854,10 @@ def cost(usage: Usage) -> dict[str, int]:
 
 
 def never_solved(trees: dict[str, EvolutionTree]) -> dict[str, int]:
-    """How many holdout problems nobody ever answered rightly, under no node of their domain's tree."""
+    """How many holdout problems nobody ever answered rightly, under no node of their domain's tree.
+
+    They cost an answer per node and sample, and tell no node from another: look at their gold answers first.
+    """
     problems = total = 0
     for tree in trees.values():
         columns = zip(*(node.scores for node in tree.nodes if node.scores is not None))
@@ -1748,6 +1896,7 @@ def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings) -> str:
         "The {answers:,} answers under the seed instructions: {failed:,} failed, {cut:,} cut off, "
         "{unreadable:,} with nothing to read."
     ).format(**counted)
+    # Lost is what no grader could read. If all scores are 0, answers that were cut off count as lost, too.
     lost = counted["failed"] + counted["unreadable"]
     if all(tree.nodes[0].score == 0 for tree in trees.values()):
         # not every grader says that it could read nothing
@@ -1762,7 +1911,8 @@ def seed_outcome(solver, trees: dict[str, EvolutionTree], s: Settings) -> str:
 def edit_outcome(editor, trees: dict[str, EvolutionTree], s: Settings) -> str:
     """What helps if most edits are lost, and one of them; "" if they are not.
 
-    SystemExit, with the same, if not one can be used, of ten or more.
+    SystemExit, with the same, if not one can be used, of ten or more. Fewer may be bad luck: an untrained editor may
+    well spoil the form a few times in a row.
     """
     counted = cost(editor.usage)
     example = rejected_edit(trees)
@@ -1826,6 +1976,8 @@ def start(main: Callable, config: type, doc: str) -> None:
     try:
         main(command_line(config, doc))
     except (ValueError, OSError) as error:  # wrong paths and values, a lost server, a full disk
+        # Three ends with three remedies: a full disk, a server that was lost, and all else, which says itself what is
+        # wrong.
         way_out = ""
         if getattr(error, "errno", 0) in DISK_ERRORS:
             way_out = ": make room or give access, then go on with --resume"
@@ -1859,10 +2011,14 @@ class Row:
 
 
 def outline(tree: EvolutionTree) -> list[Row]:
-    """The tree depth first, children by age."""
+    """The tree depth first, children by age. A list of what is still to be drawn, not recursion: a chain of a thousand
+    rounds would be too deep for Python's stack.
+    """
+    # From the best node up to the root: the edits that made it.
     way = [tree.best()]
     while way[-1].parent is not None:
         way.append(tree.nodes[way[-1].parent])
+    # Then from the root down. The list is taken from its end, so children go on it in reverse.
     rows = []
     waiting = [(tree.nodes[0], 0)]
     while waiting:
@@ -1915,7 +2071,11 @@ def tree_text(tree: EvolutionTree) -> str:
 
 
 def printable(text: str) -> str:
-    """Without what neither XML nor a terminal may be shown: control characters, lone surrogates, non-characters."""
+    """Without what neither XML nor a terminal may be shown: control characters, lone surrogates, non-characters.
+
+    >>> printable("a\\x1b[31mb")  # a model's text must not colour the user's screen
+    'a\ufffd[31mb'
+    """
     text = text.replace("\r\n", "\n")
     return re.sub("[^\t\n -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
@@ -1954,6 +2114,7 @@ def write_report(
     Should hostile text ever get past `esc`, the policy in the page's head still forbids the browser to run or fetch
     anything.
     """
+    # Per run a headline, the tree as a picture, the best instructions, and every node to unfold.
     legend, body = "", ""
     for k, (label, tree) in enumerate(runs.items()):
         best = tree.best()
@@ -1969,6 +2130,7 @@ def write_report(
         for line in (notes or {}).get(label, "").splitlines():
             body += f"<p>{esc(line)}</p>"
         body += f"<h3>Best instructions (#{best.id})</h3><pre>{esc(best.instructions)}</pre>"
+        # The newest beside the best: a user of a plain chain would have the newest.
         newest = [node for node in tree.nodes if node.score is not None][-1]
         if newest is not best:
             body += f"<h3>Newest instructions (#{newest.id}, {newest.score:.3f})</h3>"
@@ -1976,6 +2138,7 @@ def write_report(
         body += "<h3>All nodes</h3>"
         for node in tree.nodes:
             body += node_html(tree, node, f"t{k}")
+    # Above all that the runs side by side, and the training, if there was any.
     chart = chart_svg(list(runs.values()))
     if log:
         chart = f"<h2>Training</h2>{training_svg(log)}<h2>Evolution</h2>{chart}"
@@ -1999,8 +2162,10 @@ def chart_svg(trees: list[EvolutionTree]) -> str:
     """Holdout score over the rounds: per tree a line for the best so far, and a dot for each edit. A thin line
     joins the dots: it is what the user of a chain has, who takes the newest instructions.
 
-    x runs from 50 to 350 over the rounds, y from 190 up to 10 over the scores. A line is a link to its tree.
+    x runs from 50 to 350 over the edits (one per round, unless --edits asks for more), y from 190 up to 10 over the
+    scores. A line is a link to its tree.
     """
+    # The frame: the scores that occur fill the height, so small gains show; the numbers beside it say how small.
     scores = [node.score for tree in trees for node in tree.nodes if node.score is not None]
     low, high = min(scores), max(scores)
     rounds = max(1, *(len(tree.nodes) - 1 for tree in trees))
@@ -2008,6 +2173,7 @@ def chart_svg(trees: list[EvolutionTree]) -> str:
     out = '<path d="M50 10V190H350"/><text x="50" y="215">round 0</text>'
     out += f'<text x="350" y="215" text-anchor="end">round {rounds}</text>'
     out += f'<text x="10" y="195">{low:.2f}</text><text x="10" y="15">{high:.2f}</text>'
+    # The curves. `thin` joins each edit's own score, and may fall; `line` is the best so far, and never does.
     for k, tree in enumerate(trees):
         best_so_far = newest = low
         line = thin = "M"
@@ -2030,11 +2196,13 @@ def training_svg(log: list[dict]) -> str:
 
     x runs from 50 to 350 over the steps, y from 190 up to 10 over the values.
     """
+    # Means over ten steps: single steps are so noisy that the trend would drown. (NaN is None in the log, and 0 here.)
     curves: dict[str, list[float]] = {}
     for name in ("reward", "better", "valid"):
         values = [line[name] or 0.0 for line in log]
         starts = range(0, len(values), 10)
         curves[name] = [fmean(values[start : start + 10]) for start in starts]
+    # One axis for all three, up to 1: two are shares, and a reward is at most 1.
     low = min(0.0, *curves["reward"])
     out = '<path d="M50 10V190H350"/><text x="50" y="215">step 1</text>'
     out += f'<text x="350" y="215" text-anchor="end">step {len(log)}</text>'
@@ -2076,6 +2244,7 @@ def node_html(tree: EvolutionTree, node: Node, name: str) -> str:
 
     The id is inside the fold, so that a link to it makes the browser open it.
     """
+    # What changed comes first: whole instructions hide a changed word.
     origin = "seed" if node.parent is None else f"from #{node.parent}"
     inner = ""
     if node.score is None:
@@ -2084,6 +2253,7 @@ def node_html(tree: EvolutionTree, node: Node, name: str) -> str:
         changes = diff(tree.nodes[node.parent].instructions, node.instructions)
         inner += f"<h3>Changed {origin}</h3><pre>{changes}</pre>"
     inner += f"<h3>In full</h3><pre>{esc(node.instructions)}</pre>"
+    # Then why: the graded answers that this edit was made from.
     if node.summary:
         right = sum(answer.correct for answer in node.summary)
         inner += f"<h3>Summary the editor saw: {right} of {len(node.summary)} problems right</h3>"

@@ -78,6 +78,9 @@ def delta_reward(
 ) -> Tensor:
     """eq. 7: R̄(c_1) − R̄(c_0), and `invalid_reward` where the edit is not valid. Broadcasts; `after` may be NaN there.
 
+    In units of the score, so from −1 to 1. The raw score would prefer an edit from 80% to 70%, which earns 0.7, to one
+    from 30% to 60%, which earns 0.6; their differences are −0.1 and 0.3.
+
     >>> delta_reward(torch.tensor([0.75, 0.0]), torch.tensor(0.5), torch.tensor([True, False])).tolist()
     [0.25, -1.0]
     """
@@ -88,6 +91,10 @@ def advantages(
     kind: str, after: Tensor, before: Tensor, valid: Tensor, invalid_reward: float = INVALID_REWARD
 ) -> Tensor:
     """The advantage of each edit, (N, G), from the scores after it (N, G) and before it (N,).
+
+    An advantage says how much better than expected an edit did; the loss multiplies log-probs by it. The kinds differ
+    in what is expected, the *baseline*. One that depends on the start state alone leaves the expected gradient as it is
+    (eq. 8-10), and can make it less noisy.
 
     "delta"  the paper's: the reward as it is. The score before the edit is the baseline (eq. 8-10); nothing is scaled.
     "score"  the paper's counter-example, R̄(c_1) alone: it favours start states that were good already.
@@ -115,11 +122,15 @@ def advantages(
         # (N, 1), unbiased
         variance = centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)
         std = variance.sqrt()
+        # Dividing by the standard deviation is a choice: a group that differs by 0.01 counts as much as one that
+        # differs by 1. Equal float32 scores can differ in their last digit, and dividing by that would make advantages
+        # near 1 of nothing. So:
         # equal scores (up to rounding) say nothing
         return torch.where(std > 1e-6, centred / std, 0.0)
     if kind == "line":
         x = before - before.mean()
         y = reward - reward.mean()
+        # The clamp is for a batch in which all starts score alike: there is no slope, and the mean alone is taken out.
         slope = (x * y).sum() / (x * x).sum().clamp(min=1e-12)
         return y - slope * x
     raise ValueError(f"Unknown advantage {kind!r}; choose delta, grpo, score or line.")
@@ -146,6 +157,7 @@ def policy_loss(
     -0.25
     """
     new = torch.cat(list(logprobs))  # (tokens,)
+    # Detached: `new - old` is 0, yet its gradient is that of `new`. Where a ratio is 1, its gradient is that of log p.
     if old_logprobs is None:
         old = new.detach()
     else:
@@ -157,6 +169,9 @@ def policy_loss(
     weight = torch.cat(weights)  # (tokens,)
     ratio = torch.exp(new - old)
     clipped = ratio.clamp(1 - clip, 1 + clip)
+    # The smaller of the two: where the ratio has left 1 ± clip in the direction that A asks for, the gradient is 0.
+    # Where it has left it the other way, the unclipped term is the smaller one and leads back. `n_tokens`, not
+    # len(new): see above.
     return -torch.minimum(ratio * weight, clipped * weight).sum() / n_tokens
 
 
@@ -167,7 +182,10 @@ def policy_loss(
 
 @dataclass
 class Node:
-    """One version of the instructions. `score` None: a rejected edit, kept for the record and never selected."""
+    """One version of the instructions. `score` None: a rejected edit, kept for the record and never selected.
+
+    None, not 0: an edit that nobody scored is not one that answered everything wrong.
+    """
 
     id: int
     parent: int | None  # id of the node it was edited from; None for the root
@@ -198,6 +216,8 @@ class EvolutionTree:
 
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
+        # In turn: the paper's; always the newest (a linear chain, which goes on from a bad edit as well); always the
+        # best (which never explores); GEPA's draw among nodes that are best at something.
         if rule == "ucb":
             chosen = max(self.scored(), key=self.upper_bound)  # of equals, max takes the first
         elif rule == "chain":
@@ -218,6 +238,8 @@ class EvolutionTree:
 
         Compared over ALL nodes, not only leaves: that is how the search steps back from a bad edit. A new node counts
         as visited once: with the textbook's infinite bonus it would always be next, and the tree always a chain.
+        N rounds and v visits are numbers of selections, scores lie in 0 to 1: so C is in units of the score. At C = 2,
+        N = 9 the bonus falls from 2.96 after one visit to 1.71 after three; at C = 0.3 from 0.44 to 0.26.
         """
         # before the first round there is nothing to explore
         log_n = math.log(max(1, self.rounds))
@@ -244,10 +266,12 @@ class EvolutionTree:
         note: str = "",
     ) -> Node:
         """Attach an edit. A score of None or NaN records a rejected one, with the reason in `note`."""
+        # An edit may name its parent by the node itself or by its id; only the root has none.
         if isinstance(parent, Node):
             parent = parent.id
         if self.nodes and parent not in range(len(self.nodes)):
             raise ValueError(f"No node {parent} in a tree of {len(self.nodes)} nodes.")
+        # As a score, a NaN would win or lose by its place: no comparison with it is true.
         if score is not None:
             score = None if math.isnan(score) else float(score)
         if scores is not None:
@@ -261,7 +285,13 @@ class EvolutionTree:
     def pareto_front(self) -> tuple[list[Node], list[int]]:
         """GEPA's candidates and their weights: not dominated, best on at least one problem; on how many they are best.
 
-        A node is dominated if another scores no less on every problem and more on one.
+        A node is dominated if another scores no less on every problem and more on one. The idea: instructions with a
+        lower mean may hold the one rule that solves a problem which no others solve.
+
+        >>> tree = EvolutionTree("a", 0.5, [1.0, 0.0, 0.5])
+        >>> nodes = tree.add(0, "b", 0.5, [0.0, 1.0, 0.5]), tree.add(0, "c", 0.25, [0.0, 0.5, 0.25])
+        >>> [node.instructions for node in tree.pareto_front()[0]], tree.pareto_front()[1]
+        (['a', 'b'], [2, 2])
         """
         nodes = self.scored()
         for node in nodes:
@@ -302,7 +332,7 @@ class EvolutionTree:
 
 
 def dominates(a: Node, b: Node) -> bool:
-    """Whether `a` scores no less than `b` on every problem, and more on one."""
+    """Whether `a` scores no less than `b` on every problem, and more on one. Equal scores dominate neither."""
     return a.scores != b.scores and all(x >= y for x, y in zip(a.scores, b.scores))
 
 
@@ -319,11 +349,16 @@ def plain_logprobs(
     This is the definition. `logprobs`, below, gives the same numbers and computes the prompt once for all responses;
     models that cannot share a prompt, and tests, use this one.
     `temperature` must be the one the responses were sampled with: the policy gradient is that of the sampling policy.
+
+    prompt_ids is (P,), each response (T,), with its end of sequence: that token was drawn like the others, and is
+    learned like them. ValueError for an empty prompt or response, or a temperature of 0.
     """
     check_scorable([(prompt_ids, responses)], temperature)
     known = inspect.signature(model.forward).parameters
     out = []
     for response in responses:
+        # One row, no padding, no mask. Masks made by `ids != pad` go wrong silently where pad and end of sequence are
+        # one token; below, where rows are padded, masks are made of lengths.
         row = torch.cat([prompt_ids, response]).to(model.device)  # (P + T,)
         # Two keyword arguments to save memory, which not every model knows.
         options = {"use_cache": False, "logits_to_keep": len(response) + 1}
@@ -337,13 +372,15 @@ def plain_logprobs(
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature) at the targets: (..., V) and (...) -> (...), float32 or better."""
+    # A bfloat16 number has 8 significant bits, so a log-prob near −16 is rounded by up to 0.06: logits are widened
+    # first. The temperature divides here as in sampling; left out here, the gradient would be another policy's.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     negative = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return -negative.view_as(targets)
 
 
 def check_scorable(groups: Sequence[Group], temperature: float) -> None:
-    """ValueError, in a sentence, for what has no log-probs."""
+    """ValueError, in a sentence, for what has no log-probs. (An empty response adds nothing to a loss, unnoticed.)"""
     if temperature <= 0:
         raise ValueError(
             f"temperature is {temperature}; greedy sampling has no log-probs: use one above 0."
@@ -369,9 +406,11 @@ def plain_sample(
         places.setdefault(len(row), []).append(i)
     out: dict[int, Tensor] = {}
     with blank_generation(model, eos, pad):
+        # One call per length. `generate` gets the ids as they are, and a mask of ones.
         for length, same in places.items():
             ids = torch.tensor([rows[i] for i in same], device=model.device)  # (rows, P)
             drawn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            # Behind the first end of sequence stands what `generate` fills rows up with. Nobody drew it.
             for i, row in zip(same, drawn_ids(drawn)[:, length:]):
                 out[i] = until_end(row, eos)
     return [out[i] for i in range(len(rows))]
@@ -426,7 +465,10 @@ def until_end(row: Tensor, eos: list[int]) -> Tensor:
 
 @dataclass
 class Sample:
-    """One sampled response. `ids` are the very ids that were sampled, first EOS included, without padding."""
+    """One sampled response. `ids` are the very ids that were sampled, first EOS included, without padding.
+
+    They are learned from, never `text`: encoded again, it may become other tokens, whose log-probs nobody sampled by.
+    """
 
     text: str
     ids: Tensor | None  # (T,) on the CPU; None for a remote model
@@ -490,10 +532,13 @@ class LocalModel:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         # Sorted, so that rows which begin alike are neighbours: they share their prefill, and differ little in length.
         if temperature > 0:
+            # A row that comes again is another draw. Greedy ones would be the same, so below each prompt comes once.
             rows = sorted(prompts * n)
             options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         else:
             rows = sorted(set(prompts))
+        # By prompt, since `rows` are in another order than `chats`: a response must not end up with the prompt of its
+        # neighbour.
         drawn: dict[tuple[int, ...], list[Tensor]] = {prompt: [] for prompt in prompts}
         if not self.share:
             rows.sort(key=len)  # rows of equal length are computed together
@@ -520,6 +565,7 @@ class LocalModel:
 
     def draw(self, rows: list[tuple[int, ...]], options: dict) -> list[Tensor]:
         """The sampled ids of each row, batch by batch. A batch that does not fit in memory is halved."""
+        # The estimate of what fits comes first; the halving is for where it was too hopeful.
         pending = batches(self.model, rows, options["max_new_tokens"], self.share, self.max_batch_tokens)
         out: list[Tensor] = []
         while pending:
@@ -570,11 +616,14 @@ class LocalModel:
         forged = sorted(set(self.controls.findall(contents)))
         if forged:
             return encode_forged(self, chat, forged)
+        # The template has written the beginning of sequence already, where there is one: a second would be another
+        # prompt.
         return self.tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
 
     def render(self, chat: Chat) -> str:
         """The chat as text, template applied once; a system message joins the first user's where none is allowed."""
         try:
+            # `enable_thinking=False` is for hybrid models such as Qwen3; templates that do not know the word ignore it.
             return self.tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
@@ -630,6 +679,8 @@ def shared_sample(
 
     NotImplementedError if the model turns out to be one that cannot (see `can_share`).
     """
+    # `generate` takes positions from the mask, so a prompt that is shorter than the longest has its gap before its last
+    # token, and its positions still count only what it has.
     shape = arrange(rows)
     last = torch.tensor([shape.prompts[i][-1:] for i in shape.owner])  # (D, 1)
     mask = torch.ones(len(last), shape.prefix + shape.longest + 1, dtype=torch.long)  # (D, P0 + P1 + 1)
@@ -645,6 +696,7 @@ def shared_sample(
             **cheap_filters(options),
         )  # (R, 1 + T)
         check_attended(model, cache)
+    # Without the first column: the last token of the prompt, which `generate` was started from.
     return [until_end(row, eos) for row in drawn_ids(out)[:, 1:]]
 
 
@@ -685,10 +737,13 @@ def arrange(rows: Sequence[Sequence[int]]) -> Shape:
 def prefill(model, shape: Shape, mask: Tensor, pad: int, new: int) -> Cache:
     """The two upper levels, computed. mask (D, P0 + P1 + 1): 0 where a prompt is padding."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    # First level: what all prompts begin with, read once.
     common: list[Level | None] = [None] * layers
     if shape.prefix:
         levels = read_texts(model, [shape.prompts[0][: shape.prefix]], common, pad)
         common = [(keys[:, 0], values[:, 0]) for keys, values in levels]  # (h, P0, d) each
+    # Second level: what each prompt goes on with, read behind the first. A prompt whose rows a batch has cut counts as
+    # several (see `arrange`), and is copied for each.
     prompt: list[Level | None] = [None] * layers
     if shape.longest:
         for i, (keys, values) in enumerate(read_texts(model, shape.rests, common, pad)):
@@ -711,6 +766,7 @@ def read_texts(
     Texts of about one length are read together, padded on the right, and long ones alone. Beyond a text's end stands
     what nobody may look at, but it is finite.
     """
+    # As many texts at once as READ_AT_ONCE tokens allow, what they have in common counted for each; at least one.
     longest = max(len(text) for text in texts)
     behind = 0 if common[0] is None else common[0][0].shape[1]
     most = READ_AT_ONCE["cpu" if model.device.type == "cpu" else "cuda"]
@@ -718,6 +774,7 @@ def read_texts(
     waiting.sort(key=lambda i: len(texts[i]))
     levels: list[Level] = []
     while waiting:
+        # The longest that are left. Padding does no harm there: causal attention never looks to the right.
         width = len(texts[waiting[-1]])
         few = max(1, most // (behind + width))
         waiting, some = waiting[:-few], waiting[-few:]
@@ -824,20 +881,26 @@ class RowLayer(DynamicLayer):
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """(R, heads, 1, d) -> (R, heads, 1, d), one softmax over the three levels."""
+        # Queries in the order of the levels, heads first: the queries that share a level's keys lie side by side.
         heads, size = query.shape[1], query.shape[3]
         group = heads * self.rows // len(self.keys)  # query heads of one key head
         query = (query * scale).view(self.rows, -1, group, size)
         query = query.transpose(0, 1).reshape(-1, size)  # (h x R x group, d)
+        # The scores of each level: one product per level, in which no key is repeated for a row.
         levels = [*self.above, (self.keys[:, : self.used], self.values[:, : self.used])]
         scores = []
         for keys, _ in levels:
             score = torch.bmm(query.view(len(keys), -1, size), keys.mT)
             scores.append(score.view(len(query), -1))  # (h x R x group, length)
+        # Padding in the prompts' level gets no weight: −inf before the softmax is 0 behind it.
         if self.hidden is not None:
             prompts, _, length = self.hidden.shape
             by_prompt = scores[-2].view(-1, prompts, self.rows // prompts * group, length)
             by_prompt.masked_fill_(self.hidden, -torch.inf)  # (h, D, n x group, P1)
+        # One softmax over all three levels, as if the keys stood in one row: only then the weights are those of plain
+        # attention.
         weights = torch.cat(scores, 1).softmax(1)  # (h x R x group, P0 + P1 + T)
+        # The weighted values, summed over the levels.
         lengths = [score.shape[1] for score in scores]
         out = None
         for (_, values), weight in zip(levels, weights.split(lengths, 1)):
@@ -846,6 +909,7 @@ class RowLayer(DynamicLayer):
                 out = torch.bmm(weight, values)
             else:
                 out = torch.baddbmm(out.view(len(values), -1, values.shape[2]), weight, values)
+        # Back to rows first, as the model expects it.
         out = out.view(-1, self.rows, group, values.shape[2]).transpose(0, 1)
         return out.reshape(self.rows, heads, 1, -1)
 
@@ -997,6 +1061,7 @@ def batches(
     schema makes the schema each prompt's own. `max_batch_tokens` bounds rows x (longest prompt + new) in place of the
     memory.
     """
+    # Memory is asked for once: what the batches before take is given back before the next one runs.
     room = bytes_free(model)
     most_read_twice = MOST_READ_TWICE["cpu" if model.device.type == "cpu" else "cuda"]
 
@@ -1009,6 +1074,7 @@ def batches(
     crowd = Crowd((), 0, 0, 0, 0)
     for prompt, same in groupby(rows):
         waiting = list(same)
+        # May this prompt join the batch before? Only if it fits, and does not make that batch read much twice.
         larger = crowd.joined_by(prompt, len(waiting))
         read_twice = (crowd.prefix - larger.prefix) * (crowd.prompts - 1)
         if not share:
@@ -1017,6 +1083,7 @@ def batches(
             out[-1] += waiting
             crowd = larger
             continue
+        # Else it begins a batch of its own, or several, if its rows do not fit into one.
         while waiting:
             crowd = Crowd(prompt, len(prompt) - 1, len(prompt), 1, len(waiting))
             while crowd.rows > 1 and not fits(crowd):
@@ -1081,6 +1148,7 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
     1, top_k 0) is an unbiased estimate of the policy's entropy.
     """
     check_scorable(groups, temperature)
+    # 1. Prompt and responses of a group as one row, and a mask that keeps the responses from seeing each other.
     packed = pack(groups)
     positions = packed.positions.to(model.device)
     window = attention_window(model)
@@ -1088,6 +1156,8 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
         raise ValueError(
             f"The model attends to {window} tokens at a time; prompt and response must fit in there."
         )
+    # 2. One forward pass. Logits only for tokens whose successors are scored: over the whole row, times a vocabulary of
+    # 152k, they would be the largest tensor of all.
     # stays on: a checkpointed layer runs again in backward
     model.set_attn_implementation("shared_prompt")
     targets = packed.targets.to(model.device)  # (B, R)
@@ -1098,6 +1168,8 @@ def group_logprobs(model, groups: Sequence[Group], temperature: float = 1.0) -> 
         use_cache=False,
         logits_to_keep=targets.shape[1],
     ).logits  # (B, R, V)
+    # 3. Cut apart again. Padded places have log-probs as well, of a token 0 that nobody drew: they are left behind
+    # here.
     logps = token_logprobs(logits, targets, temperature)  # (B, R)
     out = []
     for row, (_, responses) in zip(logps, groups):
@@ -1142,6 +1214,7 @@ def pack(groups: Sequence[Group]) -> Packed:
     targets: list[Tensor] = []
     places: list[Tensor] = []  # of each response token: its position in the text
     owners: list[Tensor] = []  # of each response token: the number of its response
+    # Per group the five rows, without padding. Positions go on from the prompt for each response anew.
     for prompt, responses in groups:
         prompt = prompt.cpu()
         responses = [response.cpu() for response in responses]
@@ -1156,10 +1229,13 @@ def pack(groups: Sequence[Group]) -> Packed:
         owners.append(
             torch.cat([torch.full_like(response, i) for i, response in enumerate(responses)])
         )
+    # All groups to one length. Who may see whom follows from owners and lengths, not from the ids: a padded place is
+    # filled with 0, which is a token like any other.
     prompt_ids = right_pad(prompts)  # (B, P)
     owner = right_pad(owners, -1)  # (B, R)
     lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
     prompt_places = torch.arange(prompt_ids.shape[1])  # (P,)
+    # −1 marks padding: it belongs to no response, so no response sees it.
     # (B, R, R): the same response, and not later
     own = (owner[:, :, None] == owner[:, None]).tril()
     real = prompt_places < lengths[:, None]  # (B, P): the prompt without its padding
@@ -1272,9 +1348,11 @@ def verify(
     name = type(model).__name__
     prompts = sorted({tuple(local.encode(chat)) for chat in chats})
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+    # Some models change their weights as they compute (see `fingerprint`): then what is checked is not what will run.
     weights = fingerprint(model)
     compare = partial(disagreement, local, prompts, n, new, checkpointing)
     dropped = ""
+    # 1. The shared way, if it seems to fit. Whatever goes wrong there costs speed only: the plain way remains.
     if local.share:
         try:
             error = compare()
@@ -1286,6 +1364,7 @@ def verify(
             dropped = one_line(trouble)
         if dropped:
             local.stop_sharing()
+    # 2. The plain way, if it is the one that will be used. If that is wrong, the model cannot be used.
     if not local.share:
         try:
             error = compare()
@@ -1313,6 +1392,7 @@ def disagreement(
     batches = [prompts] if local.share else [[prompt] for prompt in prompts]
     responses: list[Tensor] = []
     drawn: list[Tensor] = []
+    # 1. Draw, and note by which log-probs. A seed of its own in a fork: the run's draws stay as they would have been.
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         for batch in batches:
@@ -1321,6 +1401,7 @@ def disagreement(
             some = draw(model, rows, local.eos, local.pad, **options, **recorder.options())
             responses += some
             drawn += recorder.logprobs(some)
+    # 2. Score the same responses as learning does, in the mode in which it does, and by the definition.
     groups = []
     for i, prompt in enumerate(prompts):
         groups.append((torch.tensor(prompt), responses[i * n : (i + 1) * n]))
@@ -1333,6 +1414,7 @@ def disagreement(
                 plain = [plain_logprobs(model, *group) for group in groups]
     finally:
         model.train(mode)
+    # 3. Compare. The mean over tokens, but the worst prompt: one wrong prompt of many must not be averaged away.
     errors = []
     for i in range(len(prompts)):
         here = torch.cat(learned[i]).cpu()
@@ -1363,6 +1445,9 @@ class MasterAdamW:
     At lr 1e-6 a step is smaller than half the gap between neighbouring bf16 numbers, and 98% of the weights would never
     move. So parameters in 16 bits get float32 masters, and the moments, on the CPU: the GPU holds 2 + 2 bytes per
     parameter, weight and gradient. Parameters in float32 are their own masters, and this is plain AdamW.
+
+    A master is the same weight with 24 bits instead of 8: steps add up in it until they show in the parameter, its
+    rounded copy. Nothing warns of lost steps: loss and gradient look as they should, and the model stays what it is.
     """
 
     def __init__(
@@ -1411,6 +1496,7 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self) -> float:
         """Clip, step, clear the gradients; returns their norm before clipping. Not finite: the step was skipped."""
+        # Of the whole gradient, in one number: clipped per tensor, its direction would change.
         norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.max_norm))
         if math.isfinite(norm):
             self.adamw.step()  # steps what has a gradient: those that are their own masters
@@ -1428,6 +1514,7 @@ class MasterAdamW:
         """
         moving = [(param, master) for param, master in self.copied if param.grad is not None]
         for i, (param, master) in enumerate(moving):
+            # Two passages in turn: one holds the gradient that is used now, the other receives the next.
             passage = self.passages[i % 2]
             if i == 0:
                 passage.fetch(param.grad)
@@ -1503,6 +1590,7 @@ def encode_forged(local: LocalModel, chat: Chat, forged: list[str]) -> list[int]
     before the template runs, and swapped back once the template's own control strings are cut out.
     """
     contents = "".join(message["content"] for message in chat)
+    # A stand-in is one private character that occurs in no content, so swapping back cannot hit anything else.
     private = (chr(code) for code in range(0xE000, 0xF900))  # characters that mean nothing by themselves
     stand_in = dict(zip(forged, (char for char in private if char not in contents)))
     masked = []
@@ -1709,6 +1797,7 @@ class RemoteModel:
         """The sample in a reply: complete, cut (perhaps while still thinking: without text), or failed."""
         if reply.words:
             return Sample("", None, None, False, reply.words)
+        # Three ends: cut off at the limit, complete, or anything else, which is a failed answer.
         choice = entry(entry(reply.body, "choices"), 0)
         message = entry(choice, "message")
         text = content_text(entry(message, "content"))
@@ -1727,6 +1816,7 @@ class RemoteModel:
 
         GPT-5 takes no temperature and calls max_tokens max_completion_tokens; Claude takes no top_p beside it.
         """
+        # Ends, since each turn leaves out one more of four settings.
         left_out = dict(self.dropped)
         while True:
             sent = {}
@@ -1796,6 +1886,8 @@ class RemoteModel:
 
     def _send(self, url: str, sent: dict | None) -> Reply:
         """POST `sent`, or GET. Never raises: what there is to say of an error stands in the reply's words."""
+        # Three things may go wrong, in this order: nothing comes, it is no JSON, or it is an error (perhaps with status
+        # 200).
         try:
             if sent is None:
                 response = self._client.get(url)

@@ -48,6 +48,12 @@ from lse import INVALID_REWARD, Check, MasterAdamW, advantages, delta_reward, po
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
 # ---------------------------------------------------------------------------------------------------------------------
+# Words that a PyTorch reader without RL meets below. *Policy*: a model that is sampled from, here the editor. *Reward*:
+# one number per sample; sampling tokens and running SQL have no derivative, so nothing flows back through it. What has
+# one is log f, the log-probability of what was sampled. *On-policy*: a batch is drawn by the very weights that it then
+# changes, serves one step and is thrown away; there is no data set, and no epoch. Seen from supervised learning, a
+# step is cross-entropy on the editor's own edits as labels, each weighted by its advantage, which may be negative.
+#
 # In the words of RL: a *state* is a pair of instructions c_0 and summary S_0, an *action* a whole edit c_1, and the
 # episode ends after one action (T = 1 in the paper, a contextual bandit). What edits lead to in the long run is left to
 # the search at test time. The objective is J = E[R̄(c_1) − R̄(c_0)] over edits c_1 ~ f_ψ(c_0, S_0), and its gradient is
@@ -56,16 +62,20 @@ from lse import INVALID_REWARD, Check, MasterAdamW, advantages, delta_reward, po
 #
 # where log f_ψ of an edit is the sum over its tokens. Subtracting anything that does not depend on c_1, a *baseline*,
 # leaves the expectation as it is, since E[∇ log f] = 0, and can lower the variance. The score before the edit is such
-# a baseline, known for free. So R̄(c_1) alone has the same expected gradient; but in a batch of finite size it pushes up
-# every edit of a good start, helpful or not, and that is noise.
+# a baseline, known for free. So R̄(c_1) alone has the same expected gradient; but in a batch of finite size it pushes
+# up every edit of a good start, helpful or not, and that is noise.
 
 
 @dataclass
 class StartState:
-    """Where an edit begins: instructions c_0 of a domain, with their score."""
+    """Where an edit begins: instructions c_0 of a domain, with their score. `grow_states` makes them of nodes of trees.
+
+    There is no summary in it: S_0 is drawn anew at each step, so a state that comes again shows other problems.
+    """
 
     domain: str
     instructions: str
+    # 0 to 1. Known before the edit is made, which is why it may serve as the baseline.
     score: float  # R̄(c_0)
     seed: int  # draws the same splits again: the holdout that gave the score must judge the edits, too
     # the best score of its tree minus its own: how much more is known to be possible
@@ -74,7 +84,10 @@ class StartState:
 
 @dataclass
 class EditGroup:
-    """One start state in one step, with the G edits sampled for it. Filled from top to bottom."""
+    """One start state in one step, with the G edits sampled for it. Filled from top to bottom.
+
+    One object per state, not five parallel lists: so no edit can get the reward of another one's prompt.
+    """
 
     state: StartState
     problems: list[Problem]  # k fresh ones, for the summary
@@ -100,13 +113,19 @@ def train_step(
 
     With several processes each takes a share of the states. Advantages are computed on the batch of all, and gradients
     are summed, so that all take the step that one process would have taken with the same edits.
+
+    N is `s.states`, G is `s.group`. The line holds scores from 0 to 1, rewards in the same unit, entropy in nats per
+    token, and seconds. There is no loss in it: with one update per batch its value is minus the mean advantage of
+    the tokens, whatever the editor has learned.
     """
     rank = accelerator.process_index
     processes = accelerator.num_processes
+    # With the rank, or all processes would draw by the same random numbers.
     evolve.seed_draws(s.seed, step, rank)  # so resuming needs no random state
     started = time.time()
 
     # 1. States: N instructions to start from. Those with more to gain are drawn more often.
+    # Process 1 of 4 takes the states 1, 5, 9, ...: `plan` has made sure that all get equally many.
     groups = draw_states(task, start_states, s, step)[rank::processes]
 
     # 2. Summaries: the frozen solver answers k fresh problems under c_0, as it would at test time.
@@ -118,6 +137,8 @@ def train_step(
     # 3. Edits: c_1 ~ f_ψ(c_0, S_0), G of each, at temperature 1 and with nothing cut off: else the gradient would be
     # another policy's.
     chats = [editor_chat(task, editor, group, s) for group in groups]
+    # Temperature 1 and nothing cut off are the defaults of `sample`. With the top-p and top-k of test time the sampler
+    # would be one policy and the scorer, `group_logprobs`, another, and no message would tell.
     drawn = editor.sample(chats, n=s.group, max_new_tokens=s.editor_tokens)
     for group, samples in zip(groups, drawn):
         group.edits = [evolve.read_edit(task, sample) for sample in samples]
@@ -128,12 +149,17 @@ def train_step(
     jobs = []
     for group in groups:
         jobs += [(edit.instructions, group.holdout) for edit in group.edits if edit.valid]
+    # All edits of all states in one call of the solver. Another holdout for c_1 than for c_0 would add the difference
+    # between two sets of problems to every reward.
     scores = iter(evolve.score_all(task, solver, jobs, s))
+    # The scores come back in the order of the jobs. NaN, not 0: an edit that was never scored is not one that answered
+    # everything wrong, and a NaN that is forgotten somewhere shows.
     for group in groups:
         for edit in group.edits:
             group.after.append(fmean(next(scores)) if edit.valid else math.nan)
 
     # 5. Advantages, from the edits of all processes.
+    # "line" fits a line through the whole batch, and the loss divides by its tokens: both need all edits.
     everyone = gather_object(groups)
     scored = time.time()
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
@@ -144,17 +170,25 @@ def train_step(
 
     # 6. Loss and step. The log-probs of the edits are computed again, differentiably, a few groups at a time: their
     # gradients add up to that of the mean over the tokens of the whole batch.
+    # Tokens of the whole batch, of every process. If each micro-batch took its own mean instead, a token in a batch of
+    # short edits would weigh more than one in a batch of long ones: not the same gradient. Invalid edits count, too,
+    # and are learned from: their advantage is what makes tags and length be kept.
     n_tokens = sum(len(edit.sample.ids) for each in everyone for edit in each.edits)
+    # A function of the step, so that resuming needs no scheduler.
     lr = s.lr * (1 - step / s.steps)
     optimizer.adamw.param_groups[0]["lr"] = lr
     # Gradient checkpointing needs train mode. Otherwise eval mode: what sampled had no dropout, either.
     editor.model.train(s.gradient_checkpointing)
     negative_logprobs = 0.0
     for batch, batch_weights in micro_batches(groups, my_weights, s.micro_batch):
+        # Scored are the very ids that were sampled: text that is decoded and encoded again may become other tokens.
         logps = sum(editor.group_logprobs(batch), [])  # one tensor (T,) per edit
+        # `backward` adds to the gradients that are there, and frees the activations of this micro-batch.
         policy_loss(logps, batch_weights.flatten(), n_tokens).backward()
         negative_logprobs -= sum(float(logp.detach().sum()) for logp in logps)
     if processes > 1:
+        # The sum, where data-parallel training usually takes the mean: each process has divided by everyone's tokens
+        # already.
         for parameter in optimizer.params:
             parameter.grad = accelerator.reduce(parameter.grad, "sum")
     norm = optimizer.step()  # of the gradients, which it clips, follows, and clears
@@ -162,6 +196,8 @@ def train_step(
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
     line["spread"] = float(weights.max() - weights.min())  # 0: no edit was better than another
+    # How unsure the editor is. It falls as edits become alike (in the miniature from 0.88 to 0.32); at 0 all G edits
+    # are the same, and there is nothing left to choose from.
     # E[−log p] = H, in nats per token.
     line["entropy"] = sum(gather_object([negative_logprobs])) / n_tokens
     line["seconds"] = {"sample": sampled - started, "score": scored - sampled}
@@ -170,13 +206,18 @@ def train_step(
 
 
 def draw_states(task, start_states: list[StartState], s: Config, step: int) -> list[EditGroup]:
-    """N of the start states, the same in every process, each with k fresh problems and its holdout."""
-    # Curriculum: where the tree shows that more is possible, there is more to learn. The floor leaves no state out.
+    """N of the start states, the same in every process, each with k fresh problems and its holdout.
+
+    Drawn with replacement, by weights: the paper sorts by the same potential and takes the highest first.
+    """
+    # Curriculum: where the tree shows that more is possible, there is more to learn. The floor leaves no state out:
+    # with one of 0.1 a node of 0.3 in a tree whose best has 0.9 is drawn seven times as often as that best one.
     odds = [state.potential + s.state_floor for state in start_states]
     chosen = random.Random(f"{s.seed}/{step}").choices(start_states, odds, k=s.states)
     number = -1 - step  # rounds of trees count from 0: these draws are not those that grew the trees
     groups = []
     for place, state in enumerate(chosen):  # its place: a state drawn twice gets other problems
+        # The splits of the tree that this state comes from: a problem of its holdout must not appear in its summary.
         own = training_settings(s, state.seed)
         splits = evolve.split_problems(task.problems(state.domain), own)
         problems = evolve.draw_batch(splits["pool"], s, state.domain, number, place)
@@ -185,7 +226,10 @@ def draw_states(task, start_states: list[StartState], s: Config, step: int) -> l
 
 
 def editor_chat(task, editor, group: EditGroup, s: Config) -> list[dict]:
-    """What the editor reads, (c_0, S_0); problems that do not fit into its prompt are counted."""
+    """What the editor reads, (c_0, S_0): the same chat as at test time, or training would teach another task.
+
+    Problems that do not fit into its prompt are counted.
+    """
     instructions = group.state.instructions
     chat, group.dropped = evolve.edit_chat(
         task, editor, instructions, group.summary, **evolve.limits(s)
@@ -196,7 +240,9 @@ def editor_chat(task, editor, group: EditGroup, s: Config) -> list[dict]:
 def micro_batches(edit_groups: list[EditGroup], weights: Tensor, size: int):
     """The groups that `group_logprobs` takes, `size` at a time, each with the (size, G) advantages of its edits.
 
-    Sorted by the length of the prompt, so that little is padded.
+    Sorted by the length of the prompt, so that little is padded. The order changes nothing else: the losses of the
+    micro-batches are sums over their tokens, and add up. One item is ([(prompt ids (P,), [response ids (T,)] * G)] *
+    size, (size, G)); the last one may hold fewer groups.
     """
     groups = []
     for each in edit_groups:
@@ -205,19 +251,25 @@ def micro_batches(edit_groups: list[EditGroup], weights: Tensor, size: int):
     order = sorted(range(len(groups)), key=lambda i: len(groups[i][0]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
+        # Both are taken in the same order: else each edit would be rewarded for another one's score.
         yield [groups[i] for i in chosen], weights[chosen]
 
 
 def edit_figures(
     groups: list[EditGroup], before: Tensor, after: Tensor, invalid_reward: float
 ) -> dict:
-    """What the log says of the edits of a step; `before` is (N,), `after` (N, G) with NaN for an edit not valid."""
+    """What the log says of the edits of a step; `before` is (N,), `after` (N, G) with NaN for an edit not valid.
+
+    "reward" is the paper's (eq. 7) whatever --advantage trains on, so that runs can be compared. "before" and "after"
+    are mean scores, "after" of the valid edits only; "better" and "valid" are shares of all edits; the rest are counts.
+    """
     valid = ~after.isnan()
     old = before[:, None]
     score = torch.where(valid, after, invalid_reward)
     edits = [edit for group in groups for edit in group.edits]
     return {
         "reward": float(delta_reward(after, old, valid, invalid_reward).mean()),
+        # No comparison with NaN is true, so an invalid edit is never among them.
         # share of edits better than what they edited
         "better": float((after > old).float().mean()),
         "before": float(before.mean()),
@@ -238,7 +290,10 @@ def edit_figures(
 @dataclass
 class Progress:
     """How far a run has come. With the optimizer, whose masters are the editor's weights, all that resuming needs:
-    randomness is a function of seed and step, the learning rate one of the step."""
+    randomness is a function of seed and step, the learning rate one of the step.
+
+    (Saved random states would have to cover torch, Python and every process.)
+    """
 
     lines: list[dict] = field(default_factory=list)  # of the log, one per finished step
     start_states: list[StartState] = field(default_factory=list)
@@ -252,10 +307,12 @@ def reinforce(
 
     `check` is what was found of the editor; its figure stands in the first line of the log.
     """
+    # Only the editor has an optimizer: the solver stays as it was.
     optimizer = MasterAdamW(editor.model, lr=s.lr)
     progress = Progress()
     if s.resume:
         progress = load_checkpoint(out, s, optimizer, accelerator) or progress
+    # One line per finished step: the log itself says where to go on.
     done = len(progress.lines)
     main_process = accelerator.is_main_process
     saved = time.time()  # the last checkpoint, and the seconds that it took
@@ -263,12 +320,14 @@ def reinforce(
     bar = {"desc": "2. RL", "unit": "step", "disable": not main_process}
     for step in tqdm(range(done, s.steps), total=s.steps, initial=done, **bar):
         if step == 0:
+            # If perfect instructions score no better than none, hours of training could not show it more clearly.
             check_headroom(task, solver, s, accelerator)
         # Start states, grown with the current editor: at test time it will edit its own earlier edits.
         if step == 0 or (s.grow_every and step % s.grow_every == 0):
             older = progress.start_states if s.keep_states else []
             progress.start_states = grow_states(task, solver, editor, s, step, accelerator) + older
         if step == 0 and main_process:
+            # The unit in which rewards should be read: an edit that gains less than this may have been lucky.
             progress.noise = reward_noise(task, solver, progress.start_states[: s.states], s)
             print(
                 f"1. {len(progress.start_states)} start states. "
@@ -288,6 +347,7 @@ def reinforce(
             if step % 20 == 0:
                 tqdm.write(show_edit(groups[0]))
             save_log(out, progress.lines)
+        # A step without a finite gradient is skipped, weights untouched. One may pass; three in a row do not.
         if len(progress.lines) > 2 and all(each["skipped"] for each in progress.lines[-3:]):
             raise SystemExit(
                 "Three steps in a row had no finite gradient: start again with a lower --lr."
@@ -301,6 +361,8 @@ def reinforce(
     return progress
 
 
+# Both are guards against runs that cannot learn: they stop it early, with a remedy, instead of letting it end in a flat
+# curve.
 # Perfect instructions must beat the seed instructions by that much.
 HEADROOM = 0.1
 # A run in which nothing can be learned shows it in so many steps.
@@ -308,7 +370,10 @@ EARLY = 3
 
 
 def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
-    """Say what edits can reach at most, where the task knows. SystemExit if there is nothing to reach."""
+    """Say what edits can reach at most, where the task knows. SystemExit if there is nothing to reach.
+
+    Scores are means over the holdouts of the first eight training domains: enough to see, and cheap.
+    """
     domains = large_domains(task, "train", s)[:8]
     scores = evolve.headroom(task, solver, domains, training_settings(s, s.seed))
     if scores is None:
@@ -328,9 +393,11 @@ def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
 
 def check_learning(lines: list[dict], groups: list[EditGroup], s: Config) -> None:
     """SystemExit with the reason and a sample, if after EARLY steps nothing has told a good edit from a bad one."""
+    # Looked at once, not at every step. With a single edit per step there is nothing that it could be better than.
     if len(lines) != EARLY or s.steps <= EARLY or s.states * s.group == 1:
         return
     edit = groups[0].edits[0]
+    # Invalid throughout: all rewards are the same penalty, and say nothing of what to write.
     if not any(line["valid"] for line in lines):
         why = f"no edit of the first {EARLY} steps could be used ({edit.note})"
         remedy = "a larger --model, one that follows the form which the prompt asks for"
@@ -354,7 +421,12 @@ def check_learning(lines: list[dict], groups: list[EditGroup], s: Config) -> Non
 def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
     """After the last step, every `save_every` steps, else so seldom that saving takes less than 5% of the time.
 
-    `since` are the seconds since the last checkpoint, `saving` those that it took; both are 0 before the first.
+    `since` are the seconds since the last checkpoint, `saving` those that it took. Before the first one they are the
+    seconds since the loop began, and 0: so the first step is saved at once, and shows what saving takes.
+
+    >>> s = Config(steps=100)
+    >>> checkpoint_due(0, s, since=9.0, saving=0.0), checkpoint_due(5, s, since=50.0, saving=4.0)
+    (True, False)
     """
     if step + 1 == s.steps:
         return True
@@ -364,7 +436,9 @@ def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
 
 
 def step_text(line: dict) -> str:
-    """A log line for people."""
+    """A log line for people. `|g|` is the norm of the gradient before clipping; tok/s counts the tokens of edits in all
+    seconds of the step, those of scoring included, so it is no measure of the sampler.
+    """
     text = (
         "{step:4d}  reward {reward:+.3f}  better {better:4.0%}  valid {valid:4.0%}  cut {cut}  "
         "flat {flat}  entropy {entropy:.2f}  |g| {grad_norm:.3f}"
@@ -390,7 +464,11 @@ def show_edit(group: EditGroup) -> str:
 
 
 def one_line(instructions: str) -> str:
-    """Instructions, shortened to a line for the terminal."""
+    """Instructions, shortened to a line for the terminal.
+
+    >>> one_line("profit c5\\nrank c1"), one_line("")
+    ('profit c5 / rank c1', '(empty)')
+    """
     return evolve.printable(instructions.replace("\n", " / "))[:300] or "(empty)"
 
 
@@ -405,7 +483,8 @@ def grow_states(
     """Start states (c_0, R̄(c_0)): the scored nodes of one tree per training domain, grown by the loop of test time.
 
     Training from the seed instructions alone would not match deployment, where the editor edits its own earlier edits.
-    Each process grows its share of the domains; all get all states.
+    Each process grows its share of the domains; all get all states. A state's potential is what its own tree has
+    shown to be possible in this domain: 0 for the best node, 0.6 for a node with 0.3 where the best has 0.9.
     """
     own = training_settings(
         s, seed=s.seed * 1_000_003 + step
@@ -413,9 +492,11 @@ def grow_states(
     own = replace(own, rounds=s.grow_rounds)
     mine = large_domains(task, "train", s)[accelerator.process_index :: accelerator.num_processes]
     started = time.time()
+    # Roots first: every tree begins with the same seed instructions, scored on the holdout of its domain.
     trees = evolve.seed_trees(task, mine, solver, own)
     if step == 0:  # the first real work of a run
         accelerator.print(evolve.seed_outcome(solver, trees, s), flush=True)
+        # The plan counts the answers of all processes; this one has its share of them still to ask for.
         answers, _ = count_calls(s, len(task.domains("train")), len(task.domains("test")))
         left = answers // accelerator.num_processes - solver.usage.answers
         accelerator.print(evolve.pace_text(solver, time.time() - started, left), flush=True)
@@ -427,6 +508,7 @@ def grow_states(
     states = []
     for domain, tree in trees.items():
         best = tree.best().score
+        # A rejected edit has no score, and nothing that the solver could work under: it is no start state.
         for node in tree.scored():
             states.append(
                 StartState(domain, node.instructions, node.score, own.seed, best - node.score)
@@ -435,7 +517,10 @@ def grow_states(
 
 
 def training_settings(s: Config, seed: int) -> Config:
-    """The settings for a training domain: the seed of its tree, and no problems kept back for a test."""
+    """The settings for a training domain: the seed of its tree, and no problems kept back for a test.
+
+    What is tested in the end are other domains. So here the test problems go to the pool.
+    """
     return replace(s, test=0, seed=seed)
 
 
@@ -460,7 +545,11 @@ def large_domains(task, split: str, s: Config) -> list[str]:
 
 
 def reward_noise(task, solver, states: list[StartState], s: Config) -> float:
-    """Standard deviation of the reward of the null edit: unchanged instructions, scored again. 0 if all is greedy."""
+    """Standard deviation of the reward of the null edit: unchanged instructions, scored again. 0 if all is greedy.
+
+    Its true reward is 0, so the root of the mean square is taken around 0. With a solver at temperature 2 the
+    miniature has 0.11, and 0.03 if --samples 8 answers are averaged (tests/RESULTS.md).
+    """
     jobs = []
     for state in states:
         splits = evolve.split_problems(
@@ -485,6 +574,9 @@ def evaluate(
 
     The holdout guided the search, so its best score is optimistic ("holdout_best"); the test split is touched once.
     Returns ({"test_accuracy", "stderr", "domains", ...}, trees); the standard error is over domains.
+
+    Called once with the untrained and once with the trained editor. Both get the same domains, splits and batches of
+    problems, since they depend on seed, domain and round alone: so their scores can be compared domain by domain.
     """
     mine = large_domains(task, "test", s)[accelerator.process_index :: accelerator.num_processes]
     trees = evolve.seed_trees(task, mine, solver, s)
@@ -492,6 +584,7 @@ def evaluate(
     evolve.evolve_all(task, trees, solver, editor, s, s.search, progress=bar)
     tests = evolve.final_test(task, trees, solver, s)
     facts = evolve.domain_facts(task, trees, tests, solver, s)
+    # From here on each process has the results of all.
     seed_scores: list[float] = []
     best_scores: dict[str, float] = {}
     all_trees = {}
@@ -502,6 +595,7 @@ def evaluate(
         for domain, (seed, best) in part_tests.items():
             seed_scores.append(fmean(seed))
             best_scores[domain] = fmean(best)
+    # A domain counts once, whatever its number of problems: domains are what the editor has to generalise over.
     mean, error = evolve.mean_error(list(best_scores.values()))
     results = {
         "test_accuracy": mean,
@@ -533,10 +627,14 @@ def paired_gain(before: dict[str, float], after: dict[str, float]) -> dict:
 
 
 def finish(results: dict, trees_before: dict, trees: dict, log: list[dict], out: Path) -> None:
-    """Save, then say what came out: one tree, the table of before and after, what the edits were worth."""
+    """Save, then say what came out: one tree, the table of before and after, what the edits were worth.
+
+    Saved first: a terminal that breaks off must not cost the results.
+    """
     evolve.save_text(out / "results.json", json.dumps(results, indent=1))
     evolve.save_trees(out / "trees", trees)
     domain, tree = next(iter(trees.items()))
+    # One domain stands for all: the same seed instructions, evolved by the one editor and by the other.
     pair = {"untrained editor": trees_before[domain], "trained editor": tree}
     title = f"Self-evolution on {domain}"
     evolve.write_report(out / "report.html", pair, title, log=log)
@@ -545,18 +643,21 @@ def finish(results: dict, trees_before: dict, trees: dict, log: list[dict], out:
         f"{evolve.tree_text(tree)}\nIts best instructions:\n"
         f"{evolve.printable(tree.best().instructions) or '(empty)'}\n"
     )
+    # The table of the README.
     trained = results["trained"]
     print(f"Test accuracy, mean ± s.e. over {trained['domains']} domains that training never saw")
     print(f"  seed instructions   {trained['seed_instructions']:.3f}")
     for name in ("untrained", "trained"):
         error = "" if results[name]["stderr"] is None else f" ± {results[name]['stderr']:.3f}"
         print(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{error}")
+    # The gain has an error of its own, smaller than the two of the scores where domains differ in difficulty.
     gain = results["gain"]
     error = "" if gain["stderr"] is None else f" ± {gain['stderr']:.3f}"
     print(
         f"  gain, paired       {gain['mean']:+.3f}{error}   "
         f"({gain['better']} domains better, {gain['worse']} worse)"
     )
+    # What a reader's own run should look like, if nothing that matters was changed.
     if is_usual_run(results["config"]):
         print(f"  {EXPECT}")
     print(worth_of_edits(trees))
@@ -659,12 +760,14 @@ def plan(
     """The plan of the run. ValueError names what cannot work: all that can be known before the first model call."""
     if min(s.states, s.group, s.test, s.micro_batch) < 1:
         raise ValueError("--states, --group, --test and --micro-batch must be 1 or more.")
+    # Else the chunks of advantages in `train_step` would not line up with the processes' states.
     if s.states % processes:
         raise ValueError(
             f"--states {s.states} cannot be shared by {processes} processes: choose a multiple."
         )
     if not all(parameter.isfinite().all() for parameter in editor.model.parameters()):
         raise ValueError(f"{s.model} holds weights that are not finite.")
+    # A run that is longer than --steps has nothing to go on to.
     log = out / "log.jsonl"
     if s.resume and log.exists():
         done = len(log.read_text().splitlines())
@@ -674,6 +777,8 @@ def plan(
     # Disk: for a moment there are three checkpoints, each with float32 masters and two moments.
     weights = sum(parameter.numel() for parameter in editor.model.parameters())
     size = 36 * weights - sum(file.stat().st_size for file in out.glob("checkpoint-*.pt"))
+    # What both scripts plan alike: calls, tokens, contexts, disk. A context that is too small shows here, not after
+    # hours.
     problems = [problem for domain in train + test for problem in task.problems(domain)]
     models = (solver, editor)
     lines = evolve.plan_lines(task, models, (answers, edits), problems, s, out, size)
@@ -711,16 +816,23 @@ def memory_free() -> int:
 
 
 def count_calls(s: Config, train: int, test: int) -> tuple[int, int]:
-    """Responses that solver and editor are asked for at most, with `train` and `test` domains."""
+    """Responses (answers, edits) that solver and editor are asked for at most, with `train` and `test` domains.
+
+    Fewer where edits are invalid, which are not scored, and where trees are solved early. Sampling is most of what a
+    run costs, so this is what the plan and the pace are made of.
+    """
     score = s.holdout * s.samples  # answers to score one version of the instructions
     per_round = s.k + s.edits * score
+    # Start states: each training domain's tree, grown anew every `grow_every` steps.
     growths = 1 + (s.steps - 1) // s.grow_every if s.grow_every else 1
     grown = train * growths  # trees
     answers = grown * (score + s.grow_rounds * per_round)
     edits = grown * s.grow_rounds * s.edits
+    # Then the steps themselves: a summary and G scores for each of N states.
     answers += s.states * score  # the noise of the reward
     answers += s.steps * s.states * (s.k + s.group * score)
     edits += s.steps * s.states * s.group
+    # Before and after: two editors; each domain has a seed and a best node to test.
     answers += 2 * test * (score + s.rounds * per_round + 2 * s.test * s.samples)
     edits += 2 * test * s.rounds * s.edits
     return answers, edits
@@ -742,7 +854,10 @@ def identity(s: Config) -> dict:
 
 
 def save_checkpoint(out: Path, s: Config, optimizer: MasterAdamW, progress: Progress) -> None:
-    """The state after its last step, weights included (they are the optimizer's masters). The newest two stay."""
+    """The state after its last step, weights included (they are the optimizer's masters). The newest two stay.
+
+    12 bytes per weight: a float32 master and two moments. Two, because the newest may turn out to be torn.
+    """
     path = out / f"checkpoint-{len(progress.lines):06d}.pt"
     state = {"run": identity(s), "optimizer": optimizer.state_dict(), **asdict(progress)}
     evolve.atomic_write(path, partial(torch.save, state))
@@ -760,9 +875,13 @@ def load_checkpoint(
     """
     for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
         try:
+            # `weights_only`: a checkpoint is data, and no code in it may run. To the CPU, whatever device it was saved
+            # from: masters belong there.
             state = torch.load(path, weights_only=True, map_location="cpu")
             saved = state["optimizer"]
             shapes = [master.shape for master in saved["masters"]]
+            # Settings that shape what is learned must be the same, and the model as large: else two runs would be
+            # mixed.
             if state["run"] != identity(s) or shapes != [
                 master.shape for master in optimizer.masters
             ]:
@@ -789,6 +908,7 @@ def make_accelerator() -> Accelerator:
     Started by torchrun or `accelerate launch`, a process may grow trees for hours while others wait. Tiny models stay
     on the CPU also where there are GPUs, so tensors of both kinds must find their way.
     """
+    # Seven days: torch's own patience with a process that waits is minutes.
     cuda = torch.cuda.is_available()
     group = InitProcessGroupKwargs(timeout=timedelta(days=7))
     if cuda and "LOCAL_RANK" in os.environ:
@@ -811,8 +931,10 @@ def main(s: Config) -> dict | None:
         raise SystemExit(
             f"--task {s.task} needs --model, a checkpoint folder or hub name: only mini brings its own."
         )
+    # The data first: large models take minutes to load, and a wrong folder need not wait for them.
     task = data.load_task(s.task, s.data or None)
     train, test = large_domains(task, "train", s), large_domains(task, "test", s)
+    # Two copies of one checkpoint, not one in two roles as in evolve.py: here the editor's weights change.
     editor = evolve.load_model(name, s.max_batch_tokens, s.dtype)
     solver = evolve.open_model(s.solver or name, s.solver_model, s)
     accelerator.print(
@@ -827,6 +949,8 @@ def main(s: Config) -> dict | None:
     if s.gradient_checkpointing:
         editor.model.activation_checkpointing_enable()
 
+    # Is what each model samples what it computes? Of all silent mistakes this is the first: checked on the run's own
+    # prompts.
     splits = evolve.split_problems(task.problems(train[0]), training_settings(s, s.seed))
     checks = evolve.check_models(task, splits["pool"], solver, editor, s, s.gradient_checkpointing)
     accelerator.print(evolve.check_text(checks), flush=True)
@@ -838,9 +962,11 @@ def main(s: Config) -> dict | None:
     clocks.append(time.time())
 
     # 3. Before and after, on domains that training never saw.
+    # The solver's weights have never changed, so it is the untrained editor as well.
     base = evolve.twin(solver)  # in both roles, unless the solver is another model
     if s.solver:
         base = evolve.load_model(name, s.max_batch_tokens, s.dtype)
+        # The same checkpoint: what the check said of the editor goes for it.
         base.share = editor.share
     untrained, trees_before = evaluate(task, solver, base, s, "3. untrained editor", accelerator)
     trained, trees = evaluate(task, solver, editor, s, "3. trained editor", accelerator)
@@ -854,6 +980,7 @@ def main(s: Config) -> dict | None:
         "skipped_steps": sum(line["skipped"] for line in progress.lines),
         "seconds": {"rl": clocks[1] - clocks[0], "evaluation": clocks[2] - clocks[1]},
     }
+    # The cost is that of all processes, and of both editors.
     solver.usage = evolve.total(gather_object([solver.usage]))
     editor.usage = evolve.total(gather_object([editor.usage, base.usage]))
     results |= evolve.account(trees, solver, editor, checks)
