@@ -1474,7 +1474,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 def atomic_write(path: Path, save: Callable[[Path], object]) -> None:
-    """A file or folder that `save(temporary_path)` fills, and that is renamed then: a kill leaves the old or the new.
+    """A file or folder that `save(temporary_path)` fills, and that is renamed then: a kill leaves no half of a file.
 
     SystemExit, in one sentence, if it cannot be written; what was there before stays. The temporary name lies in the
     same folder, since only within a file system a rename is one step. A folder takes two: between them the old one is
@@ -2159,19 +2159,19 @@ def esc(value: object) -> str:
 
 
 def chart_svg(trees: list[EvolutionTree]) -> str:
-    """Holdout score over the rounds: per tree a line for the best so far, and a dot for each edit. A thin line
+    """Holdout score over the edits: per tree a line for the best so far, and a dot for each edit. A thin line
     joins the dots: it is what the user of a chain has, who takes the newest instructions.
 
-    x runs from 50 to 350 over the edits (one per round, unless --edits asks for more), y from 190 up to 10 over the
+    x runs from 50 to 350 over the edits (one a round, unless --edits asks for more), y from 190 up to 10 over the
     scores. A line is a link to its tree.
     """
     # The frame: the scores that occur fill the height, so small gains show; the numbers beside it say how small.
     scores = [node.score for tree in trees for node in tree.nodes if node.score is not None]
     low, high = min(scores), max(scores)
-    rounds = max(1, *(len(tree.nodes) - 1 for tree in trees))
+    edits = max(1, *(len(tree.nodes) - 1 for tree in trees))
     scale = 180 / max(high - low, 1e-9)  # pixels per score
-    out = '<path d="M50 10V190H350"/><text x="50" y="215">round 0</text>'
-    out += f'<text x="350" y="215" text-anchor="end">round {rounds}</text>'
+    out = '<path d="M50 10V190H350"/><text x="50" y="215">seed</text>'
+    out += f'<text x="350" y="215" text-anchor="end">edit {edits}</text>'
     out += f'<text x="10" y="195">{low:.2f}</text><text x="10" y="15">{high:.2f}</text>'
     # The curves. `thin` joins each edit's own score, and may fall; `line` is the best so far, and never does.
     for k, tree in enumerate(trees):
@@ -2179,7 +2179,7 @@ def chart_svg(trees: list[EvolutionTree]) -> str:
         line = thin = "M"
         dots = ""
         for i, node in enumerate(tree.nodes):
-            x = 50 + 300 * i / rounds
+            x = 50 + 300 * i / edits
             if node.score is not None:  # a rejected edit leaves the lines where they are
                 newest = node.score
                 best_so_far = max(best_so_far, newest)
