@@ -222,7 +222,7 @@ def test_the_chart_holds_every_round(tmp_path: Path) -> None:
     assert height[0.25] - height[0.5] == pytest.approx(height[0.5] - height[0.75], abs=0.11)
     assert [y for _, y in line] == [height[s] for s in (0.25, 0.5, 0.625, 0.625, 0.625, 0.625, 0.75, 0.75, 0.75)]
     assert (height[0.125], height[0.75]) == (190, 10)
-    assert [text.text for text in root.findall("body/svg/text")] == ["round 0", "round 8", "0.12", "0.75"]
+    assert [text.text for text in root.findall("body/svg/text")] == ["seed", "edit 8", "0.12", "0.75"]
 
 
 def test_what_an_edit_changed_is_shown(tmp_path: Path) -> None:
