@@ -1055,14 +1055,14 @@ PRESETS = {
     "c": Preset(mini=0.3, shop=0.3, paper=2.0, rehearsal=2.0),
     # a batch waits for its longest answer: see "What a real run costs" in tests/RESULTS.md
     "solver_tokens": Preset(mini=16, shop=16, paper=2048, rehearsal=32, training=512),
-    "editor_tokens": Preset(mini=40, shop=64, paper=4096, rehearsal=64),
+    "editor_tokens": Preset(mini=40, shop=96, paper=4096, rehearsal=64),
     "solver_temperature": Preset(mini=0.0, shop=0.0, paper=0.7, rehearsal=0.7),
     "editor_temperature": Preset(mini=0.7, shop=0.7, paper=0.7, rehearsal=0.7),
     "top_p": Preset(mini=0.8, shop=1.0, paper=0.8, rehearsal=0.8),
     "top_k": Preset(mini=20, shop=20, paper=20, rehearsal=20),
     # and in train.py
     # 8 states and 100 steps: on one GPU a night's work, by the same table (the paper: 32 and about 500)
-    "steps": Preset(mini=120, shop=40, paper=100, rehearsal=2),
+    "steps": Preset(mini=120, shop=30, paper=100, rehearsal=2),
     "states": Preset(mini=24, shop=6, paper=8, rehearsal=2),
     "group": Preset(mini=4, shop=4, paper=4, rehearsal=2),
     "lr": Preset(mini=4e-4, shop=5e-5, paper=1e-5, rehearsal=1e-5),
@@ -1071,7 +1071,7 @@ PRESETS = {
     # An editor of the shops soon outgrows what it wrote at first: with the early, nearly empty instructions among the
     # start states, and most likely to be drawn, it learned to add facts and not to keep them.
     "keep_states": Preset(mini=True, shop=False, paper=True, rehearsal=True),
-    "state_floor": Preset(mini=0.1, shop=1.0, paper=0.1, rehearsal=0.1),
+    "state_floor": Preset(mini=0.1, shop=0.1, paper=0.1, rehearsal=0.1),
 }
 # All other numbers but top_p may be 0.
 AT_LEAST_ONE = ("k", "holdout", "samples", "solver_tokens", "editor_tokens", "seeds", "edits")
