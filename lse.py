@@ -70,6 +70,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # ---------------------------------------------------------------------------------------------------------------------
 
 # The same for all edits that cannot be used, as in the official code. (Scored −1, eq. 7 would give −1 − R̄(c_0).)
+# train.py takes a milder one: see `invalid_reward` there.
 INVALID_REWARD = -1.0
 
 

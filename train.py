@@ -43,7 +43,7 @@ import data
 import evolve
 from data import Answer, Problem
 from evolve import Edit, Settings, option
-from lse import INVALID_REWARD, Check, MasterAdamW, advantages, delta_reward, policy_loss
+from lse import Check, MasterAdamW, advantages, delta_reward, policy_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
@@ -722,9 +722,9 @@ class Config(Settings):
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
     # An edit that cannot be used needs a reward below that of a useless one, but no more: rewards are differences of
-    # scores, about 0.1 here, and beside a flat −1 for one edit in twenty the gradient hardly sees the others.
+    # scores, about 0.1 here, and beside the official code's −1 for one edit in twenty the gradient hardly sees the rest.
     invalid_reward: float = option(
-        INVALID_REWARD, "reward of an edit that cannot be used, 0 or less"
+        -0.2, "reward of an edit that cannot be used, 0 or less; the official code's is -1"
     )
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")

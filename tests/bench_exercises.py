@@ -64,9 +64,9 @@ EXERCISES = (
     Exercise(
         "4: no penalty for an edit that cannot be used",
         "train.py",
-        "lse.py",
-        "INVALID_REWARD = ",
-        "INVALID_REWARD = 0.0  # was: ",
+        "train.py",
+        '        -0.2, "reward of an edit',
+        '        0.0, "reward of an edit',
     ),
     Exercise("nothing changed, a noisy editor", NOISY),
     Exercise(
