@@ -497,6 +497,18 @@ def accept_lse(task, solver, rounds: list[Round], s: Settings) -> None:
         r.scores = scores
 
 
+def propose_gepa(task, editor, rounds: list[Round], s: Settings) -> None:
+    """As LSE, but where the whole batch was right no edit is asked for: none could pass GEPA's gate."""
+    asked = []
+    for r in rounds:
+        if all(answer.correct for answer in r.summary):
+            r.edit = Edit("", None, "not asked for: the whole minibatch was right")
+        else:
+            asked.append(r)
+    if asked:
+        propose_lse(task, editor, asked, s)
+
+
 def accept_gepa(task, solver, rounds: list[Round], s: Settings) -> None:
     """GEPA's gate: an edit is scored on the holdout only if it answers more of this round's batch than its parent did.
 
@@ -615,7 +627,7 @@ class Method:
 
 METHODS = {
     "lse": Method(propose_lse, accept_lse),
-    "gepa": Method(propose_lse, accept_gepa, "pareto"),
+    "gepa": Method(propose_gepa, accept_gepa, "pareto"),
     "textgrad": Method(propose_textgrad, accept_textgrad, "chain", own_words=True),
     "reflexion": Method(propose_reflexion, accept_lse, "chain", own_words=True),
 }

@@ -287,7 +287,8 @@ class EvolutionTree:
         """GEPA's candidates and their weights: not dominated, best on at least one problem; on how many they are best.
 
         A node is dominated if another scores no less on every problem and more on one. The idea: instructions with a
-        lower mean may hold the one rule that solves a problem which no others solve.
+        lower mean may hold the one rule that solves a problem which no others solve. (GEPA's package prunes further:
+        also a node all of whose best problems some other candidates, taken together, solve as well.)
 
         >>> tree = EvolutionTree("a", 0.5, [1.0, 0.0, 0.5])
         >>> nodes = tree.add(0, "b", 0.5, [0.0, 1.0, 0.5]), tree.add(0, "c", 0.25, [0.0, 0.5, 0.25])

@@ -456,8 +456,10 @@ def test_gepa_scores_only_what_is_strictly_better_on_the_minibatch() -> None:
     assert same.instructions == "Answer with skill 0."
     assert better.score == holdout_score(19) == 5 / 6 and better.parent == 0
     assert no_better.parent == worse.parent == better.id  # the root is dominated now
-    assert no_better.note == worse.note == "no better on its minibatch than 3 of 3"
-    assert solver.usage.answers == 6 + 4 * (3 + 3) + 6
+    # no edit of a batch that was all right could pass, so none is asked for
+    assert no_better.note == worse.note == "not asked for: the whole minibatch was right"
+    assert no_better.instructions == worse.instructions == ""
+    assert solver.usage.answers == 6 + 2 * (3 + 3) + 6 + 2 * 3
 
 
 def test_textgrad_reverts_what_lowers_the_holdout_score() -> None:
@@ -809,7 +811,7 @@ def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
     nothing, everything = (f"| {x:.3f} ± 0.000 | {x:.3f} ± 0.000 | 0.000 ± 0.000" for x in (0, 1))
     methods = ["lse (chain)", "lse (best)", "lse (ucb)", "gepa (pareto)", "textgrad (chain)", "reflexion (chain)"]
     once = 2 * (6 + 2 * 3)  # two domains: the seed's score, two batches
-    calls = {"gepa (pareto)": 2 * (3 + 6 + 3)}  # better at once, and then its gate: no better, so no score
+    calls = {"gepa (pareto)": 2 * (3 + 6)}  # better at once, through its gate; then all is right, and no edit asked for
     assert rows == [f"| untrained | {method} {nothing} | {once} |" for method in methods] + [
         f"| trained | {method} {everything} | {once + calls.get(method, 2 * 2 * 6)} |" for method in methods]
     assert seeds == [5, 6] * 12 and capsys.readouterr().out.splitlines()[2:-1] == rows
