@@ -722,7 +722,8 @@ class Config(Settings):
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
     # An edit that cannot be used needs a reward below that of a useless one, but no more: rewards are differences of
-    # scores, about 0.1 here, and beside the official code's −1 for one edit in twenty the gradient hardly sees the rest.
+    # scores, about 0.1 here, and beside the official code's −1 for one edit in twenty the gradient hardly sees the
+    # rest. (Measured: "Advantages" in tests/RESULTS.md.)
     invalid_reward: float = option(
         -0.2, "reward of an edit that cannot be used, 0 or less; the official code's is -1"
     )

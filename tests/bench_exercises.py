@@ -4,8 +4,8 @@
     python tests/bench_exercises.py --run         runs what is not in it yet: two to three minutes of one core a run
 
 Each exercise is a line, as it stands in its file, and what to put in its place. The four files are copied to a folder
-of their own, changed there, and run as a reader would: `python train.py` or `python evolve.py`, from the committed base.
-Accuracies are those of the 32 test domains, as the scripts report them.
+of their own, changed there, and run as a reader would: `python train.py` or `python evolve.py`, from the committed
+base. Accuracies are those of the 32 test domains, as the scripts report them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The second rung: what a real language model of 135 million parameters learns on the shops.
 
-    python train.py --task shop --model SMOLLM2_DIR --dtype bfloat16 --seed 0 --out runs/shop-0       and seeds 1 and 2
-    python tests/bench_shop.py --model SMOLLM2_DIR --run runs/shop-0 runs/shop-1 runs/shop-2
+    python train.py --task shop --model SMOLLM2_DIR --dtype bfloat16 --advantage grpo --micro-batch 2 \\
+        --seed 0 --out runs/seed-0                    the same with seeds 1 and 2
+    python tests/bench_shop.py --model SMOLLM2_DIR --run runs/seed-0 runs/seed-1 runs/seed-2
     python tests/bench_shop.py                        the tables of results/shop.csv and results/shop_learning.csv
 
 Every editor, the untrained one first, evolves instructions for all shops of a split in five rounds, twice: with edits

@@ -2,9 +2,9 @@
 
     python tests/bench_ties.py         results/ties.csv and a table: about four minutes of one core
 
-Everything else is the same: 32 test domains of the miniature, UCB with 10 rounds, default sampling, 3 seeds. A tie to the
-newest gives a user other instructions although nothing was gained, so three things are counted: the test accuracy, how
-many domains end with other instructions than the seed's or an ancestor's that scores as much, and their length.
+Everything else is the same: 32 test domains of the miniature, UCB with 10 rounds, default sampling, 3 seeds. A tie to
+the newest gives a user other instructions although nothing was gained, so three things are counted: the test accuracy,
+how many domains end with other instructions than an older node's that scores as much, and their length.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for line in lines:
         accuracy = f"{line.test:.3f} ± {line.error:.3f}"
-        print(f"| {line.editor} | {line.ties} | {accuracy} | {line.for_nothing} | {line.tokens:.1f} |")
+        print(
+            f"| {line.editor} | {line.ties} | {accuracy} | {line.for_nothing} | {line.tokens:.1f} |"
+        )
 
 
 if __name__ == "__main__":
