@@ -7,8 +7,8 @@
 
 Every editor, the untrained one first, evolves instructions for all shops of a split in five rounds, twice: with edits
 sampled at temperature 1 with nothing cut off, as in training, and with the default of test time, 0.7 and top-k 20. What
-is best on the holdout after three and after five rounds is asked the test questions. Gains are paired, shop by shop, and
-their standard errors are over shops. About five minutes of one core for an editor, a way to sample, and 32 shops.
+is best on the holdout after three and after five rounds is asked the test questions. Gains are paired, shop by shop,
+and their standard errors are over shops. About five minutes of one core for an editor, a way to sample, and 32 shops.
 """
 
 from __future__ import annotations
