@@ -72,8 +72,8 @@ SHORTER = {"train.py": ["--steps", "1", "--states", "2", "--grow-rounds", "1", "
                         "--max-prompt-tokens", "1900"],
            "evolve.py": ["--domains", "1", "--max-prompt-tokens", "1900"]}
 PLACES = {"BIRD_DIR": "bird", "Qwen/Qwen3-4B-Instruct-2507": "runs/mini/base", "DIR": "runs/mini/base"}
-# The command with problems of one's own runs below.
-RUNNABLE = [one for one in COMMANDS if one.split()[1] in SHORTER and "jsonl" not in one]
+# The commands with problems of one's own and with a real language model run below.
+RUNNABLE = [one for one in COMMANDS if one.split()[1] in SHORTER and "jsonl" not in one and "shop" not in one]
 
 
 @pytest.mark.parametrize("number", range(len(RUNNABLE)), ids=RUNNABLE)
@@ -87,9 +87,18 @@ def test_every_command_of_the_readme_runs(number: int, run_folder: Path) -> None
     assert "Saved in" in said
 
 
+def test_the_command_of_the_second_rung_plans_its_run(run_folder: Path) -> None:
+    """Dry, and with the miniature's model in the place of one that knows English; test_shop.py runs the task."""
+    command = next(one for one in COMMANDS if "--task shop" in one)
+    words = [word.replace("SMOLLM2_DIR", "runs/mini/base") for word in shlex.split(command)[2:]]
+    code, said = cli.run([*words, "--dry-run"], run_folder, script="train.py")
+    assert code == 0 and "A dry run" in said, said
+    assert re.search(r"solver +\d+,\d+", said), said
+
+
 def test_every_flag_named_anywhere_is_a_field_of_a_config() -> None:
     known = {name.replace("_", "-") for config, _ in PARSERS.values() for name in config.__dataclass_fields__}
-    known |= {"out", "nproc-per-node"}  # of tests/miniature/make_base.py and torchrun
+    known |= {"out", "nproc-per-node", "no-deps"}  # of tests/miniature/make_base.py, torchrun and pip
     named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)}
     assert named and named <= known, named - known
 
