@@ -768,13 +768,12 @@ class Questions:
 
     def solve_chat(self, instructions: str, problem: Problem) -> Chat:
         """One user message: its role, the editable instructions, the question, what the tags must hold."""
-        options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))
         example = FILLED[problem.grader].format(LETTERS[len(problem.choices) % 26])
         content = f"""You answer questions on {problem.domain.replace('_', ' ')}.
 
 {instructions}
 
-Question: {problem.question}{options}
+Question: {question_text(problem)}
 
 Think briefly, then end with {GRADERS[problem.grader]} in tags, as in {example}."""
         return [{"role": "user", "content": content}]
@@ -794,6 +793,20 @@ Think briefly, then end with {GRADERS[problem.grader]} in tags, as in {example}.
         """See `edit_messages`."""
         role = "a model that answers questions, by a letter if it has options"
         return edit_messages(role, instructions, summary)
+
+
+def question_text(problem: Problem) -> str:
+    """The question with its options, as the solver reads it, and the editor: a letter alone would tell it nothing.
+
+    >>> print(question_text(Problem("1", "Which?", "B", choices=("x", "y"))))
+    Which?
+    A. x
+    B. y
+    """
+    lines = [problem.question]
+    for letter, choice in zip(LETTERS, problem.choices):
+        lines.append(f"{letter}. {choice}")
+    return "\n".join(lines)
 
 
 def grade_answer(problem: Problem, answer: str) -> Grade:

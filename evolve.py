@@ -53,7 +53,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser
 from transformers.utils import cached_file
 
-from data import Answer, Problem, extract_tag, load_task, shorten
+from data import Answer, Problem, extract_tag, load_task, question_text, shorten
 from lse import Check, EvolutionTree, LocalModel, Node, RemoteModel, Sample, Usage, verify
 
 # What the solver is asked: some instructions, and the problems to answer under them.
@@ -67,7 +67,7 @@ Model = LocalModel | RemoteModel
 #
 #     n* = argmax R̄_n + C sqrt(ln N / v_n)     1  `EvolutionTree.select`, over all nodes, not only leaves
 #     k problems x of the domain               1  `draw_batch`, from the pool, which shares no problem with D
-#     y ~ π_θ(x, c), r = R(x, y): S            2  `solve_all`: chats to the solver, `task.grade` of its answers
+#     y ~ π_θ(x, c), graded R(x, y): S         2  `solve_all`: chats to the solver, `task.grade` of its answers
 #     c_1 ~ f_ψ(c, S)                          3  `propose`, a chat to the editor
 #     R̄(c_1) on D                              4  `accept`, by `score_all`
 #     attach (c_1, S, R̄(c_1)) under n*         5  `EvolutionTree.add`
@@ -301,7 +301,7 @@ def grade_all(task, solver, pairs: list[tuple[Problem, Sample]]) -> list[Answer]
         answers.append(
             Answer(
                 id=p.id,
-                question=p.question,
+                question=question_text(p),
                 response=sample.text,
                 answer=grade.answer,
                 gold=p.gold,
@@ -970,6 +970,9 @@ class Settings:
 
     task: str = option("mini", "mini, shop, bird, mmlu, jsonl, or FILE.py:CLASS of your own")
     data: str = option("", "folder or file with the task's data (not for mini and shop)")
+    instructions: str = option(
+        "", "where the search begins: a text file or the text itself; empty: the task's own"
+    )
     # What is drawn, and how often. Problems of a domain: k + holdout + test of them at least.
     seed: int = option(0, "seed of the splits, the problem batches and all sampling")
     rounds: int | None = option(None, "T, rounds of evolution per tree")
@@ -1326,6 +1329,22 @@ def check_text(checks: dict[str, Check]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def begin_with(task, instructions: str) -> None:
+    """Give a task other seed instructions: those in a text file, or the text itself; "" leaves it as it is."""
+    if not instructions:
+        return
+    try:
+        is_file = Path(instructions).is_file()
+    except OSError:  # a text too long for a name
+        is_file = False
+    if is_file:
+        task.seed_instructions = Path(instructions).read_text(encoding="utf-8").strip()
+    elif instructions.endswith((".txt", ".md")):
+        raise FileNotFoundError(f"--instructions {instructions}: there is no such file.")
+    else:
+        task.seed_instructions = instructions
+
+
 def pick_domains(task, wanted: str) -> list[str]:
     """All test domains, the first n of them, or those named, from any split. SystemExit names what there is not.
 
@@ -1337,7 +1356,13 @@ def pick_domains(task, wanted: str) -> list[str]:
     elif not wanted:
         names = task.domains("test")
     elif wanted.isdecimal():
-        names = task.domains("test")[: int(wanted) or None]
+        names = task.domains("test")
+        if int(wanted) > len(names):
+            raise SystemExit(
+                f"--domains {wanted}: {task.name} has {len(names)} test domains. Of the others, name "
+                f"those you want: {', '.join(known)[:2000]}."
+            )
+        names = names[: int(wanted) or None]
     else:
         names = list(dict.fromkeys(name.strip() for name in wanted.split(",")))
     missing = [name for name in names if name not in known]
@@ -1474,6 +1499,12 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
         f"Plan: {trees} trees of {s.rounds} rounds on {len(splits)} domains, "
         f"the smallest with problems: {pool} pool, {holdout} holdout, {test} test"
     )
+    left_out = len(task.domains("all")) - len(splits)
+    if not s.domains and left_out:
+        head += (
+            f"\n  {left_out} other domains are not the test's: they are there to train on, and "
+            "--domains NAME,... takes any"
+        )
     calls = (answers, edits)
     return head + "\n  " + plan_lines(task, (solver, editor), calls, problems, s, out, size)
 
@@ -1701,6 +1732,7 @@ def main(s: Config) -> None:
     # Everything that can fail early fails here: settings, data, splits, models, the plan of what it costs.
     s = with_presets(s, remote="://" in s.solver and "://" in s.editor)
     task = load_task(s.task, s.data or None)
+    begin_with(task, s.instructions)
     out = Path(s.out or f"{run_folder(s.task)}-evolve")
     domains = pick_domains(task, s.domains)
     splits = {domain: split_problems(task.problems(domain), s) for domain in domains}
@@ -1717,6 +1749,12 @@ def main(s: Config) -> None:
     open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
     if s.dry_run:
         print("A dry run: no model was asked, nothing was written.")
+        return
+    if trees and is_finished(trees, s, out):
+        print(
+            f"This run is finished, and {out / 'results.json'} holds what it found: the test problems are asked "
+            "once. More --rounds go on with it."
+        )
         return
     # From here on models are asked. First: is what they sample what they compute?
     checks = check_models(task, splits[domains[0]]["pool"], solver, editor, s)
@@ -1740,6 +1778,15 @@ def main(s: Config) -> None:
     bar = f"{s.method} {rule}"
     evolve_all(task, trees, solver, editor, s, rule, s.method, on_round=save, progress=bar)
     finish(task, trees, solver, editor, s, out, checks)
+
+
+def is_finished(trees: dict[str, EvolutionTree], s: Config, out: Path) -> bool:
+    """Whether no tree has a round to go, and the results of so many rounds are there."""
+    path = out / "results.json"
+    growing = [tree for tree in trees.values() if tree.rounds < s.rounds and not solved(tree)]
+    if growing or not path.exists():
+        return False
+    return json.loads(path.read_text(encoding="utf-8"))["config"]["rounds"] == s.rounds
 
 
 def finish(

@@ -7,7 +7,7 @@ tasks, files or command lines: problems come in as chats, scores as numbers, and
 Symbols of the paper, and the words used here
     π_θ   solver: the frozen model that answers problems         c     instructions (the editable field of the context)
     f_ψ   editor: the policy that writes new instructions        c_0   instructions before an edit;  c_1: after it
-    S     summary: k graded problems shown to the editor         R̄(c)  score: mean reward of the solver over a holdout
+    S     summary: k graded problems shown to the editor         R̄(c)  score: share of a holdout that is answered right
     G     edits sampled for one start state (a "group")          r     reward of an edit, R̄(c_1) − R̄(c_0)   (eq. 7)
     N     start states in a batch                                A     advantage of an edit: its weight in the gradient
     T     in shapes: tokens of a response                        C     weight of exploration in the tree's UCB rule
@@ -124,9 +124,7 @@ def advantages(
         variance = centred.square().sum(1, keepdim=True) / max(1, score.shape[1] - 1)
         std = variance.sqrt()
         # Dividing by the standard deviation is a choice: a group that differs by 0.01 counts as much as one that
-        # differs by 1. Equal float32 scores can differ in their last digit, and dividing by that would make advantages
-        # near 1 of nothing. So:
-        # equal scores (up to rounding) say nothing
+        # differs by 1. Equal scores say nothing; in float32 they can differ in their last digit, hence the 1e-6.
         return torch.where(std > 1e-6, centred / std, 0.0)
     if kind == "line":
         x = before - before.mean()

@@ -934,6 +934,7 @@ def main(s: Config) -> dict | None:
         )
     # The data first: large models take minutes to load, and a wrong folder need not wait for them.
     task = data.load_task(s.task, s.data or None)
+    evolve.begin_with(task, s.instructions)
     train, test = large_domains(task, "train", s), large_domains(task, "test", s)
     # Two copies of one checkpoint, not one in two roles as in evolve.py: here the editor's weights change.
     editor = evolve.load_model(name, s.max_batch_tokens, s.dtype)

@@ -1,0 +1,79 @@
+"""Where a search begins, and when it is over: --instructions, domains of one's own, a finished run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import cli
+import pytest
+from server import serve
+
+import evolve
+
+COUNT = {"answers": 0}
+
+
+def reply(messages: list[dict], body: dict) -> str:
+    """A solver that answers right where its instructions say so, and an editor that writes just that."""
+    text = messages[-1]["content"]
+    if "You improve the instructions" in text:
+        seen = re.search(r"Question: (.*?)\nAnswer", text, re.DOTALL)
+        return f"<prompt>Take the second option. ({len(seen[1].splitlines())} lines seen)</prompt>"
+    COUNT["answers"] += 1
+    return f"<answer>{'B' if 'second option' in text else 'A'}</answer>"
+
+
+def problems(domains: int) -> str:
+    lines = []
+    for number in range(12 * domains):
+        record = {"question": f"Which, {number}?", "answer": "B", "choices": ["x", "y"], "domain": f"d{number % domains}"}
+        lines.append(json.dumps(record))
+    return "\n".join(lines)
+
+
+BUDGET = ["--k", "2", "--holdout", "4", "--test", "4", "--samples", "1", "--rounds", "1"]
+
+
+def run(folder, url: str, *more: str) -> tuple[int, str]:
+    words = ["--task", "jsonl", "--data", "own.jsonl", "--solver", url, "--editor", url, "--out", "run"]
+    return cli.run([*words, *BUDGET, *more], folder, script="evolve.py")
+
+
+def test_ones_own_prompt_is_where_the_search_begins_and_a_finished_run_stays_finished(tmp_path) -> None:
+    (tmp_path / "own.jsonl").write_text(problems(1))
+    (tmp_path / "mine.txt").write_text("You are a careful clerk.\n")
+    with serve(reply) as server:
+        code, said = run(tmp_path, server.url, "--instructions", "mine.txt")
+        assert code == 0, said
+        tree = json.loads((tmp_path / "run/trees/d0.json").read_text())
+        assert tree["nodes"][0]["instructions"] == "You are a careful clerk."
+        # the editor has seen the question with both options
+        assert tree["nodes"][1]["instructions"] == "Take the second option. (3 lines seen)"
+        before = (tmp_path / "run/results.json").read_text()
+        assert json.loads(before)["test"]["best"] == 1
+
+        COUNT["answers"] = 0
+        code, said = run(tmp_path, server.url, "--instructions", "mine.txt", "--resume")
+        assert code == 0 and "This run is finished" in said and COUNT["answers"] == 0
+        assert (tmp_path / "run/results.json").read_text() == before
+    code, said = run(tmp_path, "http://localhost:1/v1", "--instructions", "other.txt", "--overwrite")
+    assert code != 0 and "--instructions other.txt: there is no such file." in said
+
+
+def test_domains_that_are_left_out_are_named(tmp_path) -> None:
+    (tmp_path / "own.jsonl").write_text(problems(5))
+    with serve(reply) as server:
+        code, said = run(tmp_path, server.url, "--dry-run")
+    assert code == 0 and "4 other domains are not the test's" in said, said
+    code, said = run(tmp_path, "http://localhost:1/v1", "--dry-run", "--domains", "5")
+    assert code != 0 and "has 1 test domains" in said and "d0, d1" in said
+
+
+@pytest.mark.parametrize("given, begun", [("", "old"), ("Be brief.", "Be brief."), ("long " * 2000, "long " * 2000)])
+def test_text_is_taken_as_it_is(given: str, begun: str) -> None:
+    class Task:
+        seed_instructions = "old"
+
+    evolve.begin_with(Task, given)
+    assert Task.seed_instructions == begun
