@@ -99,12 +99,6 @@ def one_by_one(loop: Callable[..., Choice]) -> Loop:
     return over_domains
 
 
-# TextGrad's rules in the task's own words, for the miniature, whose editor knows no others.
-evolve.METHODS["textgrad's rules"] = evolve.Method(
-    evolve.propose_lse, evolve.accept_textgrad, "chain"
-)
-
-
 # -------------------------------------------------------------------------------------------------
 # GEPA
 # -------------------------------------------------------------------------------------------------
@@ -462,6 +456,9 @@ def main() -> None:
             raise SystemExit(f"Skipped: there is no {name} here. See the top of this file.")
     print(f"gepa {version('gepa')}, textgrad {version('textgrad')}, torch {version('torch')}")
     torch.set_num_threads(1)
+    # TextGrad's rules in the task's own words, for the miniature, whose editor knows no others.
+    own_words = evolve.Method(evolve.propose_lse, evolve.accept_textgrad, "chain")
+    evolve.METHODS["textgrad's rules"] = own_words
     save(house(a) if a.part == "house" else mini(a))
 
 

@@ -71,7 +71,8 @@ SHORT = ["--rounds", "1", "--k", "2", "--holdout", "2", "--solver-tokens", "16",
 SHORTER = {"train.py": ["--steps", "1", "--states", "2", "--grow-rounds", "1", "--test", "2",
                         "--max-prompt-tokens", "1900"],
            "evolve.py": ["--domains", "1", "--max-prompt-tokens", "1900"]}
-PLACES = {"BIRD_DIR": "bird", "Qwen/Qwen3-4B-Instruct-2507": "runs/mini/base", "DIR": "runs/mini/base"}
+PLACES = {"BIRD_DIR": "bird", "Qwen/Qwen3-4B-Instruct-2507": "runs/mini/base", "DIR": "runs/mini/base",
+          "tests/miniature/base": "runs/mini/base"}  # fmt: skip
 # The commands with problems of one's own and with a real language model run below.
 RUNNABLE = [one for one in COMMANDS if one.split()[1] in SHORTER and "jsonl" not in one and "shop" not in one]
 
