@@ -27,7 +27,8 @@ def reply(messages: list[dict], body: dict) -> str:
 def problems(domains: int) -> str:
     lines = []
     for number in range(12 * domains):
-        record = {"question": f"Which, {number}?", "answer": "B", "choices": ["x", "y"], "domain": f"d{number % domains}"}
+        record = {"question": f"Which, {number}?", "answer": "B", "choices": ["x", "y"]}
+        record["domain"] = f"d{number % domains}"
         lines.append(json.dumps(record))
     return "\n".join(lines)
 
