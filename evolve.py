@@ -1752,8 +1752,8 @@ def main(s: Config) -> None:
         return
     if trees and is_finished(trees, s, out):
         print(
-            f"This run is finished, and {out / 'results.json'} holds what it found: the test problems are asked "
-            "once. More --rounds go on with it."
+            f"This run is finished, and {out / 'results.json'} holds what it found: the test problems are "
+            "asked once. More --rounds go on with it."
         )
         return
     # From here on models are asked. First: is what they sample what they compute?
