@@ -1938,10 +1938,11 @@ def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
             f"--{role}-tokens, or switch its thinking off where it is served."
         )
     if counted["unreadable"] > half:
-        return (
-            f"In most of what the {role} wrote there was nothing to read: try another model (--{role}) or "
-            f"more --{role}-tokens, or ask for an answer in tags in the seed instructions."
-        )
+        text = f"In most of what the {role} wrote there was nothing to read: try another model (--{role}) or "
+        text += f"more --{role}-tokens"
+        if role == "solver":
+            text += ", or ask for an answer in tags in your --instructions"
+        return f"{text}."
     return ""
 
 
