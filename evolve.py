@@ -1814,7 +1814,15 @@ def finish(
     # The report shows twenty trees at most; all of them are in trees/.
     shown = dict(list(trees.items())[:20])
     notes = {domain: facts_text({domain: results["domains"][domain]}) for domain in shown}
-    write_report(out / "report.html", shown, f"{s.task}: {s.method}", notes)
+    over = "domains" if len(trees) > 1 else "problems"
+    verdict = gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over)
+    if s.test:
+        verdict += "\n" + gain_text("Test (never touched before)", results["test"], over)
+    more = ""
+    if len(shown) < len(trees):
+        more = f"\nThe first {len(shown)} of {len(trees)} domains:"
+    title = f"{s.task}: {s.method}"
+    write_report(out / "report.html", shown, title, notes, verdict=verdict + more)
 
     # On the screen, what a user wants to see first: the instructions.
     printed = list(trees) if len(trees) <= 3 else list(trees)[:1]
@@ -1823,10 +1831,7 @@ def finish(
         print(f"Best instructions:\n{printable(trees[domain].best().instructions) or '(empty)'}\n")
     for line in outcome_lines(trees, s):
         print(line)
-    over = "domains" if len(trees) > 1 else "problems"
-    print(gain_text("Holdout (optimistic: the search chose by it)", results["holdout"], over))
-    if s.test:
-        print(gain_text("Test (never touched before)", results["test"], over))
+    print(verdict)
     print(facts_text(results["domains"]))
     print(account_text(results, s))
     print(f"Saved in {out}: trees/, results.json, report.html.")
@@ -1892,8 +1897,9 @@ def facts_text(facts: dict[str, dict]) -> str:
     answers = sum(fact["copies"]["answers"] for fact in facts.values())
     twins = sum(fact["near_twins"] for fact in facts.values())
     tested = sum(fact["test_problems"] for fact in facts.values())
+    over = ", mean over domains" if len(facts) > 1 else ""
     return (
-        f"Instructions, mean over domains: {seed:.0f} -> {best:.0f} tokens; rounds used: {rounds:.1f}\n"
+        f"Instructions{over}: {seed:.0f} -> {best:.0f} tokens; rounds used: {rounds:.1f}\n"
         f"Copied word for word into the best instructions: {questions} questions, {answers} gold answers. "
         f"Test problems with a near-twin in their pool: {twins} of {tested}."
     )
@@ -2167,12 +2173,13 @@ def write_report(
     title: str = "Evolution",
     notes: dict[str, str] | None = None,
     log: list[dict] | None = None,
+    verdict: str = "",
 ) -> None:
     """One self-contained page on `runs`, label -> tree: the runs side by side, then each with all its nodes.
 
-    `notes` are remarks on some of the runs, by label. `log` holds the lines of log.jsonl where there was training.
-    Should hostile text ever get past `esc`, the policy in the page's head still forbids the browser to run or fetch
-    anything.
+    `verdict` is what came out, in lines for the top of the page. `notes` are remarks on some of the runs, by label.
+    `log` holds the lines of log.jsonl where there was training. Should hostile text ever get past `esc`, the policy in
+    the page's head still forbids the browser to run or fetch anything.
     """
     # Per run a headline, the tree as a picture, the best instructions, and every node to unfold.
     legend, body = "", ""
@@ -2202,6 +2209,8 @@ def write_report(
     chart = chart_svg(list(runs.values()))
     if log:
         chart = f"<h2>Training</h2>{training_svg(log)}<h2>Evolution</h2>{chart}"
+    if verdict:
+        chart = f"<pre>{esc(verdict)}</pre>{chart}"
     parts = {"title": esc(title), "chart": chart}
     page = PAGE.format(policy=POLICY, css=CSS, legend=legend, body=body, **parts)
     save_text(Path(path), page)

@@ -633,30 +633,20 @@ def finish(results: dict, trees_before: dict, trees: dict, log: list[dict], out:
     """
     evolve.save_text(out / "results.json", json.dumps(results, indent=1))
     evolve.save_trees(out / "trees", trees)
+    table = before_and_after(results)
     domain, tree = next(iter(trees.items()))
     # One domain stands for all: the same seed instructions, evolved by the one editor and by the other.
     pair = {"untrained editor": trees_before[domain], "trained editor": tree}
     title = f"Self-evolution on {domain}"
-    evolve.write_report(out / "report.html", pair, title, log=log)
+    verdict = f"{table}\nThe first of them, {domain}:"
+    evolve.write_report(out / "report.html", pair, title, log=log, verdict=verdict)
     print(
         f"\nThe evolution of {evolve.printable(domain)} with the trained editor (* leads to the best node)\n"
         f"{evolve.tree_text(tree)}\nIts best instructions:\n"
         f"{evolve.printable(tree.best().instructions) or '(empty)'}\n"
     )
-    # The table of the README.
     trained = results["trained"]
-    print(f"Test accuracy, mean ± s.e. over {trained['domains']} domains that training never saw")
-    print(f"  seed instructions   {trained['seed_instructions']:.3f}")
-    for name in ("untrained", "trained"):
-        error = "" if results[name]["stderr"] is None else f" ± {results[name]['stderr']:.3f}"
-        print(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{error}")
-    # The gain has an error of its own, smaller than the two of the scores where domains differ in difficulty.
-    gain = results["gain"]
-    error = "" if gain["stderr"] is None else f" ± {gain['stderr']:.3f}"
-    print(
-        f"  gain, paired       {gain['mean']:+.3f}{error}   "
-        f"({gain['better']} domains better, {gain['worse']} worse)"
-    )
+    print(table)
     # What a reader's own run should look like, if nothing that matters was changed.
     if is_usual_run(results["config"]):
         print(f"  {EXPECT}")
@@ -670,6 +660,22 @@ def finish(results: dict, trees_before: dict, trees: dict, log: list[dict], out:
         f"Seconds: {seconds}\n"
         f"Saved in {out}: editor/ (loads with from_pretrained), results.json, log.jsonl, trees/, report.html."
     )
+
+
+def before_and_after(results: dict) -> str:
+    """The table of the README: test accuracies, and the gain, paired over domains."""
+    trained = results["trained"]
+    lines = [f"Test accuracy, mean ± s.e. over {trained['domains']} domains that training never saw"]
+    lines.append(f"  seed instructions   {trained['seed_instructions']:.3f}")
+    for name in ("untrained", "trained"):
+        error = "" if results[name]["stderr"] is None else f" ± {results[name]['stderr']:.3f}"
+        lines.append(f"  {name + ' editor':19} {results[name]['test_accuracy']:.3f}{error}")
+    # The gain has an error of its own, smaller than the two of the scores where domains differ in difficulty.
+    gain = results["gain"]
+    error = "" if gain["stderr"] is None else f" ± {gain['stderr']:.3f}"
+    line = f"  gain, paired       {gain['mean']:+.3f}{error}   "
+    lines.append(line + f"({gain['better']} domains better, {gain['worse']} worse)")
+    return "\n".join(lines)
 
 
 def worth_of_edits(trees: dict) -> str:

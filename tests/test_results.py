@@ -248,8 +248,10 @@ def test_the_report_shows_training_and_the_newest_instructions(tmp_path: Path) -
     tree.add(0, "better", 0.75, [0.75])
     tree.add(1, "newest and worse", 0.5, [0.5])
     log = [{"reward": -0.5 if step < 10 else 0.1, "better": None, "valid": 0.9} for step in range(20)]
-    evolve.write_report(tmp_path / "r.html", {"run": tree}, "t", {"run": "a <note>\nand another"}, log)
+    notes = {"run": "a <note>\nand another"}
+    evolve.write_report(tmp_path / "r.html", {"run": tree}, "t", notes, log, verdict="Test: 0 <-> 1")
     page = (tmp_path / "r.html").read_text()
+    assert page.index("<pre>Test: 0 &lt;-&gt; 1</pre>") < page.index("Training") < page.index("Best instructions")
     assert "<h3>Best instructions (#1)</h3><pre>better</pre>" in page
     assert "<h3>Newest instructions (#2, 0.500)</h3><pre>newest and worse</pre>" in page
     assert "<p>a &lt;note&gt;</p><p>and another</p>" in page
