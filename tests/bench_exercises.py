@@ -145,7 +145,8 @@ def show(answers: list[Answer]) -> None:
         mean, error = mean_error([float(answer.trained or answer.untrained) for answer in own])
         valid = [float(answer.valid) for answer in own if answer.valid]
         share = f"{sum(valid) / len(valid):.1%}" if valid else "–"
-        print(f"| {exercise.name} | {len(own)} | {mean:.3f} ± {error:.3f} | {share} |")
+        accuracy = f"{mean:.3f}" if len(own) == 1 else f"{mean:.3f} ± {error:.3f}"
+        print(f"| {exercise.name} | {len(own)} | {accuracy} | {share} |")
 
 
 def main(a: argparse.Namespace) -> None:
