@@ -89,9 +89,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = "delta:-1,delta:-0.2,line:-0.2,grpo:-1"
+    kinds = "delta:-0.2,delta:-1,grpo:-0.2,score:-0.2"
     parser.add_argument("--kinds", default=kinds, help="advantage:penalty, ...")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--low", type=float, default=0.0, help="the lowest reward of the axis")
     parser.add_argument("--high", type=float, default=0.25, help="the highest reward of the axis")
     main(parser.parse_args())
