@@ -1,11 +1,11 @@
 """GEPA's and TextGrad's own packages beside our loop, at equal numbers of solver answers.
 
-    python -m venv /tmp/pk       # a scratch environment: nothing of this goes into requirements.txt
-    /tmp/pk/bin/pip install -r requirements.txt gepa==0.1.4 textgrad==0.1.8
+    python -m venv ../packages       # a scratch environment: nothing of this goes into requirements.txt
+    ../packages/bin/pip install -r requirements.txt gepa==0.1.4 textgrad==0.1.8
     export OMP_NUM_THREADS=1
-    /tmp/pk/bin/python tests/bench_packages.py mini --domains 8 --seeds 2
-    /tmp/pk/bin/python tests/bench_packages.py words --domains 3 --seeds 1
-    /tmp/pk/bin/python tests/bench_packages.py house --seeds 20
+    ../packages/bin/python tests/bench_packages.py mini --domains 8 --seeds 2
+    ../packages/bin/python tests/bench_packages.py words --domains 3 --seeds 1
+    ../packages/bin/python tests/bench_packages.py house --seeds 20
 
 "mini" is the miniature with its real, tiny models, "words" the same with the packages' own prompts.
 "house" is a jsonl task about the units of a house style, with a scripted solver and editor behind

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+from bench_miniature import append
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))
@@ -114,16 +116,6 @@ def learning_curve(folder: Path) -> list[dict]:
             row[name] = round(step[name], 4) if step[name] is not None else ""
         rows.append(row)
     return rows
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Rows to a CSV file, which gets its head with the first of them."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def show_tables(split: str) -> None:

@@ -78,3 +78,25 @@ def test_text_is_taken_as_it_is(given: str, begun: str) -> None:
 
     evolve.begin_with(Task, given)
     assert Task.seed_instructions == begun
+
+
+@pytest.mark.parametrize("settings, usual", [({}, True), ({"seed": 3, "out": "x"}, True), ({"rounds": 5}, False),
+                                             ({"solver": "x"}, False), ({"search": "chain"}, False)])  # fmt: skip
+def test_what_to_expect_is_said_of_the_usual_run_alone(settings: dict, usual: bool) -> None:
+    assert evolve.is_usual(evolve.with_presets(evolve.Config(**settings))) == usual
+
+
+@pytest.mark.parametrize("rounds, score, reported, finished", [
+    (2, 0.5, 2, True),
+    (1, 0.5, 2, False),  # a round to go
+    (1, 1.0, 2, True),  # none is needed
+    (2, 0.5, 1, False),  # the results are of a shorter run
+    (2, 0.5, None, False),  # killed before the test
+])  # fmt: skip
+def test_when_a_run_is_finished(tmp_path, rounds: int, score: float, reported: int | None, finished: bool) -> None:
+    tree = evolve.EvolutionTree("", score)
+    tree.rounds = rounds
+    if reported:
+        (tmp_path / "results.json").write_text(json.dumps({"config": {"rounds": reported}}))
+    s = evolve.with_presets(evolve.Config(rounds=2))
+    assert evolve.is_finished({"d": tree}, s, tmp_path) == finished

@@ -258,16 +258,6 @@ def test_states_with_more_to_gain_are_drawn_more_often():
     assert shares == pytest.approx([0.1, 0.2, 0.7], abs=0.05)
 
 
-def test_with_a_large_floor_all_states_are_drawn_alike_and_one_of_zero_is_refused():
-    pool = [StartState("d", "", 0.0, 0, potential) for potential in (0.0, 0.1, 0.7)]
-    s = evolve.with_presets(train.Config(states=2000, state_floor=100.0))
-    drawn = [rollout.state.potential for rollout in train.draw_states(Columns(), pool, s, step=0)]
-    shares = [drawn.count(state.potential) / 2000 for state in pool]
-    assert shares == pytest.approx([1 / 3] * 3, abs=0.05)
-    with pytest.raises(ValueError, match="--state-floor cannot be 0"):
-        evolve.with_presets(train.Config(state_floor=0.0))
-
-
 @pytest.mark.parametrize("keep, growths", [(True, [1, 1, 2, 2]), (False, [1, 1, 1, 1])])
 def test_start_states_of_earlier_growths_stay_or_go(small, monkeypatch, tmp_path, keep, growths):
     """Four steps, trees grown before the first and the third; each growth has a seed of its own."""
