@@ -1397,8 +1397,12 @@ def start_worker() -> subprocess.Popen:
         )
     here = Path(__file__).resolve()
     command = [sys.executable, "-c", f"import {here.stem} as d; d.sql_worker()"]
+    # Packages are where this process finds them, even if only a notebook's sys.path.append says so.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, cwd=here.parent)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, start_new_session=True, cwd=here.parent, env=environment
+    )
 
 
 def sql_worker() -> None:

@@ -44,7 +44,6 @@ from threading import Event, Lock
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import httpx2  # comes with transformers; unlike huggingface_hub's client it works under HF_HUB_OFFLINE=1
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
@@ -61,6 +60,12 @@ from transformers import (
     StoppingCriteria,
     TopPLogitsWarper,
 )
+
+# What transformers reads the hub with; unlike the hub's own client it works under HF_HUB_OFFLINE=1.
+try:
+    import httpx2 as httpx  # comes with huggingface_hub 2
+except ImportError:
+    import httpx  # with huggingface_hub 1, which transformers takes as well
 
 Chat = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G responses' ids, each (T,)
@@ -1893,9 +1898,9 @@ class RemoteModel:
                 response = self._client.get(url)
             else:  # in ASCII and \u escapes: no text can fail to be encoded
                 response = self._client.post(url, content=json.dumps(sent).encode())
-        except httpx2.TimeoutException as error:
+        except httpx.TimeoutException as error:
             return Reply(408, words=f"no answer: it timed out ({type(error).__name__})")
-        except httpx2.HTTPError as error:
+        except httpx.HTTPError as error:
             return Reply(0, words=self._short(f"no answer: {type(error).__name__} {error}"))
         try:
             body = json.loads(response.content)
@@ -1914,14 +1919,14 @@ class RemoteModel:
 
     # Plumbing
 
-    def _connect(self, timeout: float) -> httpx2.Client:
+    def _connect(self, timeout: float) -> httpx.Client:
         """A client that keeps its connections, for all threads. Proxies are for other machines only."""
         here = urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
         keys = {"Authorization": f"Bearer {self._key}", "api-key": self._key}
         try:
-            return httpx2.Client(headers={"Content-Type": "application/json", **keys}, trust_env=not here,
-                                 timeout=httpx2.Timeout(timeout, connect=min(timeout, 20.0)),
-                                 limits=httpx2.Limits(max_connections=self.concurrency))
+            return httpx.Client(headers={"Content-Type": "application/json", **keys}, trust_env=not here,
+                                 timeout=httpx.Timeout(timeout, connect=min(timeout, 20.0)),
+                                 limits=httpx.Limits(max_connections=self.concurrency))
         except ImportError as error:  # SOCKS takes one more package
             raise ValueError(f"the proxy in HTTP_PROXY or ALL_PROXY cannot be used: {error}") from None
 
@@ -1961,8 +1966,8 @@ def split_url(url: str) -> tuple[str, str]:
     """
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(httpx2.URL(url).host)
-    except (ValueError, httpx2.InvalidURL):
+        usable = parts.scheme in ("http", "https") and bool(httpx.URL(url).host)
+    except (ValueError, httpx.InvalidURL):
         usable = False
     secret = False
     if usable:

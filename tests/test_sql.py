@@ -416,6 +416,16 @@ def test_where_no_signal_can_end_a_query_the_sandbox_says_what_to_use(db, monkey
         execution_match(db, "SELECT 12345", "SELECT 12345")
 
 
+def test_a_worker_finds_packages_where_this_process_does(db, tmp_path, monkeypatch):
+    """As in a notebook that says sys.path.append: without it every query would "crash SQLite"."""
+    seen = tmp_path / "seen"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(seen)!r}, 'w').close()")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(data, "IDLE", [])
+    assert execution_match(db, "SELECT 1", "SELECT 1").correct
+    assert seen.exists()
+
+
 def test_match_many_of_nothing():
     assert match_many([]) == []
 
