@@ -605,7 +605,10 @@ def own_task(name: str, path: str | Path | None) -> Task:
         found = [word for word, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(f"--task {name}: no class {class_name!r}, there is {', '.join(found) or 'none'}.")
     # Whether it has all members is asked now: a task that lacks `edit_chat` would fail in the first round only.
-    task = own() if path is None else own(path)
+    if own.__init__ is Questions.__init__:  # it asks for a name first
+        task = own(class_name, path)
+    else:
+        task = own() if path is None else own(path)
     missing = [member for member in MEMBERS if not hasattr(task, member)]
     if missing:
         raise ValueError(f"--task {name}: {class_name} lacks {', '.join(missing)}; see Task in data.py.")
@@ -969,6 +972,9 @@ def choice_problem(record: dict) -> Problem | None:
     return Problem(record["id"], record["question"], letter, record["domain"], choices=tuple(choices))
 
 
+OPTIONAL_COLUMNS = ("choices", "options", "domain", "tolerance")
+
+
 def own_problem(record: dict) -> Problem:
     """A line of {"question", "answer"} and, if you like, "choices", "domain", "id", "grader" (else "choice" with
     choices, "number" for a number, "exact" for text) and "tolerance" (else 0); ValueError if they do not fit.
@@ -979,6 +985,11 @@ def own_problem(record: dict) -> Problem:
         {"question": "Pi?", "answer": 3.14, "tolerance": 0.01}                              number
         {"question": "Capital of France?", "answer": "B", "choices": ["Rome", "Paris"]}     choice
     """
+    # A word misspelt would be a column of no meaning, and the problem another one: asked without its options, say.
+    for key in record:
+        near = difflib.get_close_matches(key.lower(), OPTIONAL_COLUMNS, n=1, cutoff=0.8)
+        if near and key not in OPTIONAL_COLUMNS:
+            raise data_error(record["where"], f"{near[0]!r}, or a column of another name", key)
     # How it is graded follows from the type of the answer, unless the record says so itself.
     answer = record["answer"]
     choices = record["choices"]

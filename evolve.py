@@ -5,6 +5,7 @@
     python evolve.py --task bird --data DIR --solver Qwen/Qwen3-4B-Instruct-2507 --editor runs/bird/editor
     python evolve.py --task jsonl --data my.jsonl --solver http://localhost:8000/v1 --editor https://api.openai.com/v1
                      --editor-model gpt-5             any OpenAI-compatible server, key in $LSE_API_KEY
+                     (or, of two, in $LSE_SOLVER_API_KEY and $LSE_EDITOR_API_KEY)
     python evolve.py ... --dry-run      check everything, say what it would cost, ask no model
 
 A round of Algorithm 1: select a node of the tree, let the frozen solver answer k fresh problems under its
@@ -83,7 +84,8 @@ class Edit:
 
     text: str  # all that it wrote
     instructions: str | None  # c_1, the new instructions; None where nothing usable can be read
-    note: str = ""  # why the edit is rejected; "": it is not
+    # Why the edit is rejected; "": it is not. It is invalid, or its method accepts only what beats the node edited.
+    note: str = ""
     sample: Sample | None = None  # with the ids that training learns from
 
     @property
@@ -388,7 +390,7 @@ def add_budget(task, chat: list[dict], most: int) -> list[dict]:
 
 
 def reject_long(solver, edits: list[Edit], most: int) -> None:
-    """Reject the edits of more than `most` tokens, counted as the solver reads them; 0: none is too long.
+    """Make invalid the edits of more than `most` tokens, counted as the solver reads them; 0: none is too long.
 
     The solver pays for instructions with each of its answers, so their length is a cost that no score shows.
     """
@@ -423,7 +425,7 @@ def context_length(model) -> int:
 def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
     """The edit that stands in a response between `<tag>` and `</tag>`. A task may bring its own reader.
 
-    An edit that was cut off has no closing tag and is rejected: half an instruction is worse than none. A reader that
+    An edit that was cut off has no closing tag and is invalid: half an instruction is worse than none. A reader that
     needs no tags takes `cut`, and so is told.
 
     >>> read_edit(None, Sample("<prompt>Answer in one word.</prompt>", None, None, truncated=False)).instructions
@@ -444,7 +446,7 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
     else:
         instructions = own_reader(sample.text)
     note = ""
-    # Why it cannot be used. Too few tokens and a wrong form have different remedies, so they get different notes.
+    # Why it is invalid. Too few tokens and a wrong form have different remedies, so they get different notes.
     if instructions is None and sample.truncated:
         note = f"cut off {end}"
     elif instructions is None:
@@ -993,7 +995,7 @@ class Settings:
         0, "longest editor prompt: problems are left out to fit; 0: what the model reads"
     )
     max_instruction_tokens: int = option(
-        0, "longest instructions: the editor is told, longer edits are rejected; 0: no limit"
+        0, "longest instructions: the editor is told, longer edits are invalid; 0: no limit"
     )
     max_batch_tokens: int = option(
         0, "rows x (prompt + new tokens) in one batch of local generation; 0: as many as fit in memory"
@@ -1236,6 +1238,8 @@ def checkpoint_place(name: str) -> tuple[str, dict[str, str]]:
     >>> checkpoint_place("Qwen/Qwen3-0.6B")
     ('Qwen/Qwen3-0.6B', {})
     """
+    if "://" in name:
+        raise ValueError("a URL is a server's: lse.RemoteModel speaks to it")
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
@@ -1270,24 +1274,30 @@ def load_models(s: Config) -> tuple[Model, Model]:
             raise ValueError(
                 f"--task {s.task} needs --{role}, a checkpoint folder, a hub name or a server's URL."
             )
-    solver = open_model(solver_name, s.solver_model, s)
+    solver = open_model(solver_name, s.solver_model, s, "solver")
     if editor_name == solver_name and isinstance(solver, LocalModel):
         return solver, twin(solver)
-    return solver, open_model(editor_name, s.editor_model, s)
+    return solver, open_model(editor_name, s.editor_model, s, "editor")
 
 
-def open_model(name: str, served: str, s: Config) -> Model:
-    """A local model, or one on a server under the name `served`. ConnectionError if nobody answers there."""
+def open_model(name: str, served: str, s: Config, role: str) -> Model:
+    """A local model, or one on a server under the name `served`. ConnectionError if nobody answers there.
+
+    The key for a server stands in LSE_SOLVER_API_KEY or LSE_EDITOR_API_KEY, or where the two are one in LSE_API_KEY.
+    """
+    if re.match(r"[\w.-]+:\d+(/|$)", name) and not Path(name).exists():
+        raise ValueError(f"--{role} {name}: is it a server? Then write http://{name}.")
     if "://" not in name:
         return load_model(name, s.max_batch_tokens, s.dtype)
+    key = os.environ.get(f"LSE_{role.upper()}_API_KEY")
     try:  # is anybody there?
-        first = RemoteModel(name, timeout=20, retries=1).model
-    # a server that lists no models will do, if it need not choose one
+        first = RemoteModel(name, api_key=key, timeout=20, retries=1).model
+    # A server that lists no models will do, if it need not choose one; one that turns down the key will not.
     except ConnectionError as error:
-        if not served or "no answer" in str(error):
+        if not served or re.search(r"no answer|\b401\b", str(error)):
             raise
         first = served
-    return RemoteModel(name, served or first)  # with the patience that hours of work deserve
+    return RemoteModel(name, served or first, key)  # with the patience that hours of work deserve
 
 
 def check_models(
@@ -1395,7 +1405,7 @@ def plan_lines(
     summary = [Answer("", longest.question, reply, reply, longest.gold, False)] * s.k
     asked = task.solve_chat(instructions, longest)
     shown, _ = edit_chat(task, editor, instructions, summary, **limits(s))
-    # A limit that the seed instructions break would reject every edit that keeps them.
+    # A limit that the seed instructions break would make every edit invalid that keeps them.
     seed_tokens = text_tokens(solver, task.seed_instructions)
     if 0 < s.max_instruction_tokens < seed_tokens:
         raise ValueError(
@@ -2040,9 +2050,26 @@ def gain_text(label: str, part: dict, over: str) -> str:
 
 def command_line(config: Any, doc: str) -> Any:
     """The config that the command line asks for. Unknown flags are errors, and so is what breaks a rule of the data."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = HfArgumentParser(config, description=doc, formatter_class=raw, allow_abbrev=False)
+    parser = HfArgumentParser(
+        config, description=doc, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     return config(**vars(parser.parse_args()))
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and says what a setting is that is left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.dest in PRESETS:
+            preset = PRESETS[action.dest]
+            text += f" (mini: {preset.mini}, shop: {preset.shop}, else: {preset.paper}"
+            if preset.training is not None:
+                text += f", in train.py {preset.training}"
+            return f"{text})"
+        if isinstance(action.default, bool) or action.default in (None, "", argparse.SUPPRESS):
+            return text
+        return f"{text} (default: {action.default})"
 
 
 def start(main: Callable, config: type, doc: str) -> None:

@@ -74,7 +74,7 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The same for all edits that cannot be used, as in the official code. (Scored −1, eq. 7 would give −1 − R̄(c_0).)
+# The same for all invalid edits, as in the official code. (Scored −1, eq. 7 would give −1 − R̄(c_0).)
 # train.py takes a milder one: see `invalid_reward` there.
 INVALID_REWARD = -1.0
 
@@ -188,7 +188,8 @@ def policy_loss(
 class Node:
     """One version of the instructions. `score` None: a rejected edit, kept for the record and never selected.
 
-    None, not 0: an edit that nobody scored is not one that answered everything wrong.
+    Rejected is an edit that is invalid, or that its method did not accept. None, not 0: an edit that nobody scored is
+    not one that answered everything wrong.
     """
 
     id: int

@@ -95,7 +95,7 @@ class EditGroup:
     summary: list[Answer] = field(default_factory=list)  # S_0
     dropped: int = 0  # problems that did not fit into the editor's prompt
     edits: list[Edit] = field(default_factory=list)  # G edits c_1
-    # R̄(c_1) of each; NaN for an edit that cannot be used
+    # R̄(c_1) of each; NaN for an invalid edit
     after: list[float] = field(default_factory=list)
 
 
@@ -508,7 +508,7 @@ def grow_states(
     states = []
     for domain, tree in trees.items():
         best = tree.best().score
-        # A rejected edit has no score, and nothing that the solver could work under: it is no start state.
+        # An invalid edit has no score, and nothing that the solver could work under: it is no start state.
         for node in tree.scored():
             states.append(
                 StartState(domain, node.instructions, node.score, own.seed, best - node.score)
@@ -718,11 +718,11 @@ class Config(Settings):
     advantage: Literal["delta", "grpo", "score", "line"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
-    # An edit that cannot be used needs a reward below that of a useless one, but no more: rewards are differences of
-    # scores, about 0.1 here, and beside the official code's −1 for one edit in twenty the gradient hardly sees the
-    # rest. (Measured: "Advantages" in tests/RESULTS.md.)
+    # An invalid edit, one that has no closing tag or is too long, needs a reward below that of a useless one, but no
+    # more: rewards are differences of scores, about 0.1 here, and beside the official code's −1 for one edit in twenty
+    # the gradient hardly sees the rest. (Measured: "Advantages" in tests/RESULTS.md.)
     invalid_reward: float = option(
-        -0.2, "reward of an edit that cannot be used, 0 or less; the official code's is -1"
+        -0.2, "reward of an invalid edit, 0 or less; the official code's is -1"
     )
     steps: int | None = option(None, "RL steps")
     states: int | None = option(None, "N, start states per step")
@@ -932,7 +932,7 @@ def main(s: Config) -> dict | None:
     train, test = large_domains(task, "train", s), large_domains(task, "test", s)
     # Two copies of one checkpoint, not one in two roles as in evolve.py: here the editor's weights change.
     editor = evolve.load_model(name, s.max_batch_tokens, s.dtype)
-    solver = evolve.open_model(s.solver or name, s.solver_model, s)
+    solver = evolve.open_model(s.solver or name, s.solver_model, s, "solver")
     accelerator.print(
         plan(task, solver, editor, s, out, train, test, accelerator.num_processes), flush=True
     )

@@ -212,6 +212,8 @@ MISTAKES = [
     ('{"question": "Q?", "answer": "C", "choices": ["a", "b"]}', "text of one of .'a', 'b'., found 'C'"),
     ('{"question": "Q?", "answer": "A", "choices": "ab"}', "expected question, answer and any list of choices"),
     ('{"question": "Q?", "answer": "A", "grader": "choice"}', r"text of one of \(\), found 'A'"),
+    ('{"question": "Q?", "answer": "A", "choises": ["a", "b"]}', "line 1: expected 'choices', .*, found 'choises'"),
+    ('{"question": "Q?", "answer": "x", "domian": "law"}', "line 1: expected 'domain', .*, found 'domian'"),
     ('{"question": "Q?", "answer": "x", "id": 1}\n{"question": "Q?", "answer": "y", "id": "1"}',
      r"line 2: expected one file for own and every id once in it, found '1'"),
     ('{"question": "Q?", "answer": "x"}\n{oops', "line 2: expected .*column 2.*, found b'{oops"),

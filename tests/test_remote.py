@@ -23,6 +23,7 @@ from email.utils import format_datetime
 import pytest
 from server import NOWHERE, Fault, Reply, serve
 
+import evolve
 import lse
 from lse import RemoteModel
 
@@ -876,6 +877,38 @@ def test_where_the_key_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
         remote(server.url).sample([ask("a")])
         remote(server.url, api_key="given").sample([ask("a")])
     assert [request["key"] for request in server.requests] == ["no-key", "openai", "openai", "lse", "given"]
+
+
+def test_solver_and_editor_may_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSE_API_KEY", "both")
+    monkeypatch.setenv("LSE_EDITOR_API_KEY", "the-editors")
+    with serve(echo) as server:
+        settings = evolve.Config(solver=server.url, editor=f"{server.url}/")
+        for model in evolve.load_models(settings):
+            model.sample([ask("a")])
+    keys = [request["key"] for request in server.requests]
+    assert keys == ["both", "the-editors", "both", "the-editors"]  # the models are listed, then asked
+
+
+def test_a_wrong_key_is_found_before_any_work() -> None:
+    """Though a server that lists no models will do where the model is named."""
+    settings = evolve.Config()
+    with serve(echo, nowhere=Fault(status=404)) as server:
+        assert evolve.open_model(f"{server.url}/deep", "x", settings, "editor").model == "x"
+    refused = pytest.raises(ConnectionError, match="no such key(?s:.*)the key in LSE_API_KEY")
+    with serve(echo, nowhere=Fault(status=401, message="no such key")) as server, refused:
+        evolve.open_model(f"{server.url}/deep", "x", settings, "editor")
+
+
+@pytest.mark.parametrize("name", ["localhost:8000/v1", "localhost:8000", "my-host.lan:80", "10.0.0.1:8000/v1"])
+def test_a_server_without_its_scheme_is_recognised(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--solver {name}: is it a server. Then write http://{name}"):
+        evolve.open_model(name, "", evolve.Config(), "solver")
+
+
+def test_a_url_is_no_checkpoint() -> None:
+    with pytest.raises(SystemExit, match="a URL is a server's: lse.RemoteModel"):
+        evolve.load_model("http://localhost:8000/v1")
 
 
 @pytest.mark.parametrize("fault", [

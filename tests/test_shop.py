@@ -154,7 +154,10 @@ def test_the_shop_has_a_preset_of_its_own():
 
 OWN = """
 from dataclasses import dataclass
-from data import Grade, Problem
+from data import Grade, Problem, Questions
+
+class Sums(Questions):
+    pass
 
 @dataclass
 class Adder:
@@ -178,6 +181,9 @@ def test_a_task_of_ones_own_comes_from_a_file(tmp_path: Path):
     task = load_task(f"{tmp_path}/my task.py:Adder")
     assert task.name == "adder" and task.path == "none"
     assert load_task(f"{tmp_path}/my task.py:Adder", "sums.txt").path == "sums.txt"
+    (tmp_path / "two.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"question": "1+2?", "answer": 3}\n')
+    task = load_task(f"{tmp_path}/my task.py:Sums", f"{tmp_path}/two.jsonl")
+    assert task.name == "Sums" and [problem.gold for problem in task.problems("two")] == ["2", "3"]
     with pytest.raises(ValueError, match="Half lacks seed_instructions, problems, solve_chat, grade, edit_chat"):
         load_task(f"{tmp_path}/my task.py:Half")
     with pytest.raises(ValueError, match="no class 'Other', there is .*Adder, Half"):
