@@ -882,29 +882,38 @@ class Contestant:
     answers: int = 0  # of the solver, while the trees grew
 
 
+def contestants(task, solver, editor) -> list[Contestant]:
+    """Each editor with every rule of LSE's own and every baseline: which makes the difference, editor or search?
+
+    The untrained editor is the solver itself. Where that is the editor as well, there is one set of rows.
+    """
+    editors = {"untrained": twin(solver), "trained": editor}
+    if is_same_model(solver, editor):
+        editors = {"itself": editor}
+    rows = []
+    for label, model in editors.items():
+        rows.append(Contestant(label, model, "lse", "chain"))
+        rows.append(Contestant(label, model, "lse", "best"))
+        # with UCB, or with the baseline's own rule
+        for method in methods(task):
+            rows.append(Contestant(label, model, method, "ucb"))
+    return rows
+
+
 def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> None:
     """{untrained, trained editor} x methods as a Markdown table: mean ± s.e. over domains, each averaged over seeds.
 
-    The untrained editor is the solver itself. All rows see the same splits and batches, and all trees take all rounds,
-    also after they are solved: so the counts of answers compare like with like. (A solved tree's best node stays the
-    best, however long it grows.) Table and report are saved after each row, trees after each round, so that --resume
-    repeats no edit (it counts the answers since then). The report shows the first domain under the last seed.
+    All rows see the same splits and batches, and all trees take all rounds, also after they are solved: so the counts
+    of answers compare like with like. (A solved tree's best node stays the best, however long it grows.) Table and
+    report are saved after each row, trees after each round, so that --resume repeats no edit (it counts the answers
+    since then). The report shows the first domain under the last seed.
     """
-    # Each editor with every rule of LSE's own and every baseline: which of the two, editor or search, makes the
-    # difference?
-    contestants = []
-    for label, model in (("untrained", twin(solver)), ("trained", editor)):
-        contestants.append(Contestant(label, model, "lse", "chain"))
-        contestants.append(Contestant(label, model, "lse", "best"))
-        # with UCB, or with the baseline's own rule
-        for method in methods(task):
-            contestants.append(Contestant(label, model, method, "ucb"))
     lines = [COLUMNS, "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)
     shown: dict[str, EvolutionTree] = {}
     title = f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}"
     # A row is finished before the next begins, and saved: a table that is cut off is still a table.
-    for row in contestants:
+    for row in contestants(task, solver, editor):
         name = f"{row.label} | {row.method} ({search_rule(task, row.method, row.search)})"
         for seed in range(s.seed, s.seed + s.seeds):
             own = replace(s, seed=seed)
@@ -946,13 +955,15 @@ def grow_and_test(
 def mean_cell(scores: list[list[float]]) -> str:
     """Scores [seed][domain] as "mean ± standard error over domains"; "–" where there are none.
 
-    >>> mean_cell([[0.0, 0.75], [0.5, 0.75]])
-    '0.500 ± 0.250'
+    >>> mean_cell([[0.0, 0.75], [0.5, 0.75]]), mean_cell([[0.5], [1.0]])
+    ('0.500 ± 0.250', '0.750')
     """
     if not scores:
         return "–"
     of_domains = [fmean(of_seeds) for of_seeds in zip(*scores)]
     mean, error = mean_error(of_domains)
+    if math.isnan(error):  # one domain
+        return f"{mean:.3f}"
     return f"{mean:.3f} ± {error:.3f}"
 
 
@@ -1259,6 +1270,15 @@ def twin(model):
     return other
 
 
+def is_same_model(solver: Model, editor: Model) -> bool:
+    """Whether one model, or one name on one server, has both roles."""
+    if isinstance(solver, RemoteModel) and isinstance(editor, RemoteModel):
+        return (solver.base_url, solver.model) == (editor.base_url, editor.model)
+    if isinstance(solver, LocalModel) and isinstance(editor, LocalModel):
+        return solver.model is editor.model
+    return False
+
+
 def load_models(s: Config) -> tuple[Model, Model]:
     """Solver and editor. One checkpoint in both roles is loaded once. ValueError if a task needs one to be named."""
     solver_name, editor_name = s.solver, s.editor
@@ -1414,7 +1434,7 @@ def plan_lines(
         )
     # What it costs at most, in the units that bills and clocks go by: responses, tokens, bytes.
     lines = [
-        f"{'':8}{'up to':>12}{'tokens to read':>18}{'tokens to write':>18}{'weights':>12}   model",
+        f"{'at most':8}{'answers':>12}{'tokens to read':>18}{'tokens to write':>18}{'weights':>12}   model",
         plan_row("solver", solver, asked, answers, s.solver_tokens, s),
         plan_row("editor", editor, shown, edits, s.editor_tokens, s),
         f"disk: up to {size / 1e6:,.1f} MB in {out}",
@@ -1485,12 +1505,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours"
 
 
+def count(n: int, thing: str) -> str:
+    """For people.
+
+    >>> count(1, "tree"), count(1000, "tree")
+    ('1 tree', '1,000 trees')
+    """
+    return f"{n:,} {thing}" + ("" if n == 1 else "s")
+
+
 def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) -> str:
     """How many trees, and what they cost at most. ValueError as `plan_lines`."""
     # How many trees, and so how many calls.
     trees = len(splits)
-    if s.compare:  # two editors, and each with two more search rules than there are methods
-        trees *= s.seeds * 2 * (2 + len(methods(task)))
+    if s.compare:
+        trees *= s.seeds * len(contestants(task, solver, editor))
     answers, edits = count_calls(trees, s)
     # How many problems the smallest domain has in each split: few in the holdout make scores coarse, few in the test
     # errors wide.
@@ -1503,7 +1532,7 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     longest = max(len(problem.question + problem.gold) for problem in problems)
     size = 2 * edits * (s.k * (longest + 5 * s.solver_tokens + 2000) + 5 * s.editor_tokens)
     head = (
-        f"Plan: {trees} trees of {s.rounds} rounds on {len(splits)} domains, "
+        f"Plan: {count(trees, 'tree')} of {count(s.rounds, 'round')} on {count(len(splits), 'domain')}, "
         f"the smallest with problems: {pool} pool, {holdout} holdout, {test} test"
     )
     left_out = len(task.domains("all")) - len(splits)
@@ -2041,10 +2070,10 @@ def total(usages: list[Usage]) -> Usage:
 
 def gain_text(label: str, part: dict, over: str) -> str:
     """The outcome of `gains` in one line."""
-    error = math.nan if part["stderr"] is None else part["stderr"]
+    error = "" if part["stderr"] is None else f" ± {part['stderr']:.3f}"
     return (
         f"{label}: {part['seed']:.3f} -> {part['best']:.3f}, "
-        f"gain {part['gain']:+.3f} ± {error:.3f} (paired, over {over})"
+        f"gain {part['gain']:+.3f}{error} (paired, over {over})"
     )
 
 

@@ -796,7 +796,10 @@ def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, ca
     assert Path("run/report.html").read_text().count("<h2") == 8
     evolve.main(replace(s, test=0, seeds=1, out="paper"))
     assert all(" | – | – | " in row for row in Path("paper/compare.md").read_text().splitlines()[2:])
-    capsys.readouterr()
+    evolve.main(replace(s, editor=s.solver, test=0, seeds=1, rounds=1, out="itself"))  # one model in both roles
+    rows = Path("itself/compare.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| itself"] * 4
+    assert "Plan: 8 trees of 1 round on 2 domains" in capsys.readouterr().out
 
 
 def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -890,7 +893,7 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
     s = with_presets(Config(domains="1", rounds=3))
     splits = {"test000": evolve.split_problems(task.problems("test000"), s)}
     text = evolve.plan(task, splits, solver, editor, s, out)
-    assert "1 trees of 3 rounds on 1 domains, the smallest with problems: 104 pool, 8 holdout, 32 test" in text
+    assert "1 tree of 3 rounds on 1 domain, the smallest with problems: 104 pool, 8 holdout, 32 test" in text
     prompt = len(solver.encode(task.solve_chat("", splits["test000"]["pool"][0]))) + 40
     weights = f"{4 * solver.model.num_parameters() / 1e6:.1f}MB"
     row = ["108", f"{108 * prompt:,}", f"{108 * 16:,}", weights, str(checkpoints / "wide")]
@@ -918,8 +921,9 @@ def test_the_plan_checks_contexts_disk_and_grader(checkpoints: Path, monkeypatch
     monkeypatch.setattr(task, "grade", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evolve.plan(task, splits, solver, editor, s, out)
-    text = evolve.plan(data.Mini(), splits, solver, editor, replace(s, compare=True), out)
-    assert planned(text, "solver")[0] == f"{8 * 3 * (8 + 3 * (2 * 4 + 8) + 2 * 32):,}"
+    for other, rows in ((editor, 4), (evolve.load_model(checkpoints / "narrow"), 8)):
+        text = evolve.plan(data.Mini(), splits, solver, other, replace(s, compare=True), out)
+        assert planned(text, "solver")[0] == f"{rows * 3 * (8 + 3 * (2 * 4 + 8) + 2 * 32):,}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

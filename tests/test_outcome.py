@@ -79,7 +79,7 @@ def test_the_same_on_the_command_line_is_one_sentence(run, monkeypatch, capsys) 
         monkeypatch.setattr(sys, "argv", ["evolve.py", *flags(server.url)])
         with pytest.raises(SystemExit, match=LOST):
             evolve.start(evolve.main, Config, "")
-    assert "Plan: 1 trees" in capsys.readouterr().out
+    assert "Plan: 1 tree of" in capsys.readouterr().out
 
 
 def test_a_comparison_stops_as_well(run) -> None:
