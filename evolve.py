@@ -739,91 +739,6 @@ def final_test(
     return out
 
 
-def domain_facts(
-    task, trees: dict[str, EvolutionTree], tests: dict[str, tuple[list, list]], solver, s: Settings
-) -> dict[str, dict]:
-    """Per domain what its user should know, as it stands in results.json. Pairs are [seed's, best node's].
-
-    "tokens" are those of the instructions, as the solver reads them. "copies" counts what stands word for word in the
-    best instructions, and "near_twins" the test problems that nearly stand in the pool, too: where there are many, a
-    score may come from having seen the problems. `tests` is what `final_test` returned, {} without a test.
-    """
-    facts = {}
-    for domain, tree in trees.items():
-        parts = split_problems(task.problems(domain), s)
-        seed, best = tree.nodes[0], tree.best()
-        fact: dict[str, Any] = {"holdout": [seed.score, best.score], "test": None}
-        if domain in tests:
-            fact["test"] = [fmean(scores) for scores in tests[domain]]
-        fact["tokens"] = [text_tokens(solver, node.instructions) for node in (seed, best)]
-        # All that could leak into instructions: problems of the summaries, and the holdout, which guided the search.
-        seen = parts["pool"] + parts["holdout"]
-        fact["copies"] = copies(best.instructions, seed.instructions, seen)
-        fact["near_twins"] = near_twins(parts["test"], parts["pool"])
-        fact["test_problems"] = len(parts["test"])
-        fact["rounds"] = tree.rounds
-        facts[domain] = fact
-    return facts
-
-
-SHORT = 8  # a gold answer of fewer characters stands in many a text by chance
-
-
-def copies(instructions: str, seed: str, problems: list[Problem]) -> dict[str, int]:
-    """How many questions and gold answers of the problems stand word for word in instructions, and not in the seed's.
-
-    Case and spaces do not matter. Of equal ones each counts once. A copy is no fault by itself, since facts of a domain
-    are what instructions are for; but a score that rests on copies says little of other problems.
-
-    >>> seen = [Problem("1", "Who wrote Emma?", "Jane Austen", "x"), Problem("2", "Who wrote Ulysses?", "Joyce", "x")]
-    >>> copies("Novels: who wrote  Emma? JANE AUSTEN. Others: Joyce.", "Answer.", seen)
-    {'questions': 1, 'answers': 1}
-    """
-    text, before = f" {plain(instructions)} ", f" {plain(seed)} "
-    counts = {"questions": 0, "answers": 0}
-    for kind, words in (
-        ("questions", {plain(p.question) for p in problems}),
-        ("answers", {plain(p.gold) for p in problems}),
-    ):
-        for each in words:
-            if len(each) >= SHORT and f" {each} " in text and f" {each} " not in before:
-                counts[kind] += 1
-    return counts
-
-
-def plain(text: str) -> str:
-    """Its words and numbers alone, in lower case, with one space between.
-
-    >>> plain("Who wrote  'Emma'?")
-    'who wrote emma'
-    """
-    return " ".join(re.findall(r"\w+", text.casefold()))
-
-
-def near_twins(problems: list[Problem], others: list[Problem]) -> int:
-    """How many problems nearly stand among the others: both share four fifths of their words, choices included.
-
-    That is the overlap of two sets, common words by all words; order and repetition do not count.
-
-    >>> test = [Problem("1", "Who wrote the novel Emma?", "Austen")]
-    >>> near_twins(test, [Problem("2", "And who wrote the novel 'Emma'?", "Jane Austen")])  # 5 of 6 words
-    1
-    >>> near_twins(test, [Problem("3", "Who wrote the novel Ulysses?", "Joyce")])  # 4 of 6
-    0
-    """
-    twins = 0
-    theirs = [words_of(other) for other in others]
-    for problem in problems:
-        mine = words_of(problem)
-        twins += any(len(mine & other) >= 0.8 * len(mine | other) for other in theirs)
-    return twins
-
-
-def words_of(problem: Problem) -> set[str]:
-    """The distinct words of a problem's question and choices."""
-    return set(plain(" ".join([problem.question, *(problem.choices or ())])).split())
-
-
 def mean_error(values: list[float]) -> tuple[float, float]:
     """Mean and its standard error, the standard deviation (n − 1) by the root of n; nan where one value cannot tell.
 
@@ -1872,9 +1787,12 @@ def finish(
     write_report(out / "report.html", shown, title, notes, verdict=verdict + more)
 
     # On the screen, what a user wants to see first: the instructions.
-    printed = list(trees) if len(trees) <= 3 else list(trees)[:1]
+    printed, first = list(trees), ""
+    if len(trees) > 3:
+        printed, first = [first_with_a_step_back(trees)], "the first tree with a step back, if there is one; "
+    legend = "(" + first + "* leads to the best node, visits: how often it was selected)"
     for domain in printed:
-        print(f"\n{printable(domain)} (* leads to the best node)\n{tree_text(trees[domain])}")
+        print(f"\n{printable(domain)} {legend}\n{tree_text(trees[domain])}")
         print(f"Best instructions:\n{printable(trees[domain].best().instructions) or '(empty)'}\n")
     for line in outcome_lines(trees, s):
         print(line)
@@ -1936,6 +1854,91 @@ def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
             "whole holdout right at every sample, and nothing can beat it."
         )
     return lines
+
+
+def domain_facts(
+    task, trees: dict[str, EvolutionTree], tests: dict[str, tuple[list, list]], solver, s: Settings
+) -> dict[str, dict]:
+    """Per domain what its user should know, as it stands in results.json. Pairs are [seed's, best node's].
+
+    "tokens" are those of the instructions, as the solver reads them. "copies" counts what stands word for word in the
+    best instructions, and "near_twins" the test problems that nearly stand in the pool, too: where there are many, a
+    score may come from having seen the problems. `tests` is what `final_test` returned, {} without a test.
+    """
+    facts = {}
+    for domain, tree in trees.items():
+        parts = split_problems(task.problems(domain), s)
+        seed, best = tree.nodes[0], tree.best()
+        fact: dict[str, Any] = {"holdout": [seed.score, best.score], "test": None}
+        if domain in tests:
+            fact["test"] = [fmean(scores) for scores in tests[domain]]
+        fact["tokens"] = [text_tokens(solver, node.instructions) for node in (seed, best)]
+        # All that could leak into instructions: problems of the summaries, and the holdout, which guided the search.
+        seen = parts["pool"] + parts["holdout"]
+        fact["copies"] = copies(best.instructions, seed.instructions, seen)
+        fact["near_twins"] = near_twins(parts["test"], parts["pool"])
+        fact["test_problems"] = len(parts["test"])
+        fact["rounds"] = tree.rounds
+        facts[domain] = fact
+    return facts
+
+
+SHORT = 8  # a gold answer of fewer characters stands in many a text by chance
+
+
+def copies(instructions: str, seed: str, problems: list[Problem]) -> dict[str, int]:
+    """How many questions and gold answers of the problems stand word for word in instructions, and not in the seed's.
+
+    Case and spaces do not matter. Of equal ones each counts once. A copy is no fault by itself, since facts of a domain
+    are what instructions are for; but a score that rests on copies says little of other problems.
+
+    >>> seen = [Problem("1", "Who wrote Emma?", "Jane Austen", "x"), Problem("2", "Who wrote Ulysses?", "Joyce", "x")]
+    >>> copies("Novels: who wrote  Emma? JANE AUSTEN. Others: Joyce.", "Answer.", seen)
+    {'questions': 1, 'answers': 1}
+    """
+    text, before = f" {plain(instructions)} ", f" {plain(seed)} "
+    counts = {"questions": 0, "answers": 0}
+    for kind, words in (
+        ("questions", {plain(p.question) for p in problems}),
+        ("answers", {plain(p.gold) for p in problems}),
+    ):
+        for each in words:
+            if len(each) >= SHORT and f" {each} " in text and f" {each} " not in before:
+                counts[kind] += 1
+    return counts
+
+
+def plain(text: str) -> str:
+    """Its words and numbers alone, in lower case, with one space between.
+
+    >>> plain("Who wrote  'Emma'?")
+    'who wrote emma'
+    """
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def near_twins(problems: list[Problem], others: list[Problem]) -> int:
+    """How many problems nearly stand among the others: both share four fifths of their words, choices included.
+
+    That is the overlap of two sets, common words by all words; order and repetition do not count.
+
+    >>> test = [Problem("1", "Who wrote the novel Emma?", "Austen")]
+    >>> near_twins(test, [Problem("2", "And who wrote the novel 'Emma'?", "Jane Austen")])  # 5 of 6 words
+    1
+    >>> near_twins(test, [Problem("3", "Who wrote the novel Ulysses?", "Joyce")])  # 4 of 6
+    0
+    """
+    twins = 0
+    theirs = [words_of(other) for other in others]
+    for problem in problems:
+        mine = words_of(problem)
+        twins += any(len(mine & other) >= 0.8 * len(mine | other) for other in theirs)
+    return twins
+
+
+def words_of(problem: Problem) -> set[str]:
+    """The distinct words of a problem's question and choices."""
+    return set(plain(" ".join([problem.question, *(problem.choices or ())])).split())
 
 
 def facts_text(facts: dict[str, dict]) -> str:
@@ -2140,6 +2143,15 @@ class Row:
     node: Node
     depth: int  # 0 for the seed
     on_way: bool  # whether it leads to the best node
+
+
+def first_with_a_step_back(trees: dict[str, EvolutionTree]) -> str:
+    """The first domain whose search went back to an older node, and so has a tree with branches; else the first."""
+    for domain, tree in trees.items():
+        edited = [node.parent for node in tree.nodes[1:]]
+        if len(set(edited)) < len(edited):
+            return domain
+    return next(iter(trees))
 
 
 def outline(tree: EvolutionTree) -> list[Row]:

@@ -361,80 +361,6 @@ def reinforce(
     return progress
 
 
-# Both are guards against runs that cannot learn: they stop it early, with a remedy, instead of letting it end in a flat
-# curve.
-# Perfect instructions must beat the seed instructions by that much.
-HEADROOM = 0.1
-# A run in which nothing can be learned shows it in so many steps.
-EARLY = 3
-
-
-def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
-    """Say what edits can reach at most, where the task knows. SystemExit if there is nothing to reach.
-
-    Scores are means over the holdouts of the first eight training domains: enough to see, and cheap.
-    """
-    domains = large_domains(task, "train", s)[:8]
-    scores = evolve.headroom(task, solver, domains, training_settings(s, s.seed))
-    if scores is None:
-        return
-    seed, perfect = scores
-    accelerator.print(
-        f"0. Headroom: the seed instructions score {seed:.3f}, perfect instructions {perfect:.3f} "
-        f"(holdout of {len(domains)} training domains).",
-        flush=True,
-    )
-    if perfect - seed < HEADROOM:
-        raise SystemExit(
-            "There is no headroom: the solver does no better with all that can be known, so no edit can "
-            "help. Choose another --model, or a --solver that uses what its instructions say."
-        )
-
-
-def check_learning(lines: list[dict], groups: list[EditGroup], s: Config) -> None:
-    """SystemExit with the reason and a sample, if after EARLY steps nothing has told a good edit from a bad one."""
-    # Looked at once, not at every step. With a single edit per step there is nothing that it could be better than.
-    if len(lines) != EARLY or s.steps <= EARLY or s.states * s.group == 1:
-        return
-    edit = groups[0].edits[0]
-    # Invalid throughout: all rewards are the same penalty, and say nothing of what to write.
-    if not any(line["valid"] for line in lines):
-        why = f"no edit of the first {EARLY} steps could be used ({edit.note})"
-        remedy = "a larger --model, one that follows the form which the prompt asks for"
-        if sum(line["cut"] for line in lines) > EARLY * s.states * s.group / 2:
-            remedy = f"a larger --editor-tokens than {s.editor_tokens}: most edits were cut off"
-    elif not any(line["spread"] for line in lines):
-        scores = [score for each in groups for score in each.after if not math.isnan(score)]
-        why = f"in the first {EARLY} steps no edit was better than another"
-        why += f"; the last ones score {min(scores):.3f} to {max(scores):.3f}" if scores else ""
-        remedy = "a larger --holdout or --states, or a --solver that its instructions can help"
-        if s.advantage == "grpo" and s.group == 1:
-            remedy = "--group 2 or more: grpo compares the edits of one start state"
-    else:
-        return
-    raise SystemExit(
-        f"This run cannot learn: {why}.\nAn edit for {evolve.printable(groups[0].state.domain)}: "
-        f"{one_line(edit.text)}\nTry {remedy}."
-    )
-
-
-def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
-    """After the last step, every `save_every` steps, else so seldom that saving takes less than 5% of the time.
-
-    `since` are the seconds since the last checkpoint, `saving` those that it took. Before the first one they are the
-    seconds since the loop began, and 0: so the first step is saved at once, and shows what saving takes.
-
-    >>> s = Config(steps=100)
-    >>> checkpoint_due(0, s, since=9.0, saving=0.0), checkpoint_due(5, s, since=50.0, saving=4.0)
-    (True, False)
-    """
-    if step + 1 == s.steps:
-        return True
-    if s.save_every:
-        return (step + 1) % s.save_every == 0
-    return since > 20 * saving
-
-
 def step_text(line: dict) -> str:
     """A log line for people. `|g|` is the norm of the gradient before clipping; tok/s counts the tokens of edits in all
     seconds of the step, those of scoring included, so it is no measure of the sampler.
@@ -831,6 +757,83 @@ def count_calls(s: Config, train: int, test: int) -> tuple[int, int]:
     answers += 2 * test * (score + s.rounds * per_round + 2 * s.test * s.samples)
     edits += 2 * test * s.rounds * s.edits
     return answers, edits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guards
+# ---------------------------------------------------------------------------------------------------------------------
+# Both are guards against runs that cannot learn: they stop it early, with a remedy, instead of letting it end in a flat
+# curve.
+# Perfect instructions must beat the seed instructions by that much.
+HEADROOM = 0.1
+# A run in which nothing can be learned shows it in so many steps.
+EARLY = 3
+
+
+def check_headroom(task, solver, s: Config, accelerator: Accelerator) -> None:
+    """Say what edits can reach at most, where the task knows. SystemExit if there is nothing to reach.
+
+    Scores are means over the holdouts of the first eight training domains: enough to see, and cheap.
+    """
+    domains = large_domains(task, "train", s)[:8]
+    scores = evolve.headroom(task, solver, domains, training_settings(s, s.seed))
+    if scores is None:
+        return
+    seed, perfect = scores
+    accelerator.print(
+        f"0. Headroom: the seed instructions score {seed:.3f}, perfect instructions {perfect:.3f} "
+        f"(holdout of {len(domains)} training domains).",
+        flush=True,
+    )
+    if perfect - seed < HEADROOM:
+        raise SystemExit(
+            "There is no headroom: the solver does no better with all that can be known, so no edit can "
+            "help. Choose another --model, or a --solver that uses what its instructions say."
+        )
+
+
+def check_learning(lines: list[dict], groups: list[EditGroup], s: Config) -> None:
+    """SystemExit with the reason and a sample, if after EARLY steps nothing has told a good edit from a bad one."""
+    # Looked at once, not at every step. With a single edit per step there is nothing that it could be better than.
+    if len(lines) != EARLY or s.steps <= EARLY or s.states * s.group == 1:
+        return
+    edit = groups[0].edits[0]
+    # Invalid throughout: all rewards are the same penalty, and say nothing of what to write.
+    if not any(line["valid"] for line in lines):
+        why = f"no edit of the first {EARLY} steps could be used ({edit.note})"
+        remedy = "a larger --model, one that follows the form which the prompt asks for"
+        if sum(line["cut"] for line in lines) > EARLY * s.states * s.group / 2:
+            remedy = f"a larger --editor-tokens than {s.editor_tokens}: most edits were cut off"
+    elif not any(line["spread"] for line in lines):
+        scores = [score for each in groups for score in each.after if not math.isnan(score)]
+        why = f"in the first {EARLY} steps no edit was better than another"
+        why += f"; the last ones score {min(scores):.3f} to {max(scores):.3f}" if scores else ""
+        remedy = "a larger --holdout or --states, or a --solver that its instructions can help"
+        if s.advantage == "grpo" and s.group == 1:
+            remedy = "--group 2 or more: grpo compares the edits of one start state"
+    else:
+        return
+    raise SystemExit(
+        f"This run cannot learn: {why}.\nAn edit for {evolve.printable(groups[0].state.domain)}: "
+        f"{one_line(edit.text)}\nTry {remedy}."
+    )
+
+
+def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
+    """After the last step, every `save_every` steps, else so seldom that saving takes less than 5% of the time.
+
+    `since` are the seconds since the last checkpoint, `saving` those that it took. Before the first one they are the
+    seconds since the loop began, and 0: so the first step is saved at once, and shows what saving takes.
+
+    >>> s = Config(steps=100)
+    >>> checkpoint_due(0, s, since=9.0, saving=0.0), checkpoint_due(5, s, since=50.0, saving=4.0)
+    (True, False)
+    """
+    if step + 1 == s.steps:
+        return True
+    if s.save_every:
+        return (step + 1) % s.save_every == 0
+    return since > 20 * saving
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -998,7 +998,7 @@ def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more:
     assert f"Cost of the solver: {cost['answers']:,} answers, {counts}" in output
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f'id="t{i}-{n}"' in page for i in (0, 1) for n in range(5))
-    assert "shop (* leads to the best node)" in output and results["instructions"]["zoo"] in output
+    assert "shop (* leads to the best node, visits: how often it was selected)" in output and results["instructions"]["zoo"] in output
     assert RULES[0] in output.split("Best instructions:")[1] and f"Saved in run: {'trees/'}" in output
 
 
@@ -1009,7 +1009,7 @@ def test_a_fresh_clone_evolves_the_miniature_with_the_shipped_models(tmp_path: P
     assert results["test"]["seed"] == 0.0 and results["test"]["best"] > 0.5
     rounds = [fact["rounds"] for fact in results["domains"].values()]
     assert f"Cost of the editor: {sum(rounds)} answers" in output and len(rounds) == 4 and max(rounds) <= 10
-    assert "(* leads to the best node)\n*" in output and "Best instructions:\n" in output
+    assert "it was selected)\n*" in output and "Best instructions:\n" in output
     assert "Holdout (optimistic" in output and "Test (never touched" in output
     assert output.rstrip().endswith("Saved in runs/mini-evolve: trees/, results.json, report.html.")
 
