@@ -1,6 +1,7 @@
 """The README's tables on the miniature: bases x RL seeds x advantages x penalties of invalid edits.
 
     python tests/bench_miniature.py                                 the table of results/penalty.csv
+    python tests/bench_miniature.py --steps 40 --against line:-1    the same of shorter runs, compared with line at -1
     python tests/bench_miniature.py --run --bases 0,1,2 --seeds 0,1 --advantages delta,line --penalties=-1,-0.2
     python tests/bench_miniature.py --reward tests/miniature/base   the delta as a function of the score before
 
@@ -191,46 +192,51 @@ def from_row(kind: type, row: dict[str, str]):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def show_table() -> None:
-    """Per setting the means over all runs, and the difference from "delta, −1" over the runs that both have.
+def show_table(steps: int, against: str) -> None:
+    """Per setting the mean test accuracy on each base, dev and test over all runs, and their differences from the
+    setting `against`, over the runs that both have.
 
     The standard errors are over runs (base, RL seed): the domains are the same in each.
     """
     from evolve import mean_error
 
-    runs = read_runs()
+    runs = {run: outcome for run, outcome in read_runs().items() if run.steps == steps}
+    bases = sorted({run.base for run in runs})
     places: dict[Run, dict[tuple, Outcome]] = {}  # setting -> (base, seed) -> outcome
     for run, outcome in runs.items():
         setting = replace(run, base=0, seed=0)
         places.setdefault(setting, {})[run.base, run.seed] = outcome
-    print("| G x N | steps | advantage | invalid | runs | dev | test | test, minus delta −1 | valid |")
-    print("|---" * 9 + "|")
+    heads = ["G x N", "advantage", "invalid", *(f"base {base} (runs)" for base in bases)]
+    heads += ["test", "dev", f"test minus {against} (pairs)", f"dev minus {against}", "valid"]
+    kind, _, penalty = against.partition(":")
+    print(f"{steps} steps\n\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for setting, own in sorted(places.items(), key=lambda item: astuple(item[0])[2:]):
-        paper = places.get(replace(setting, advantage="delta", invalid_reward=-1.0), {})
-        dev: list[float] = []
-        test: list[float] = []
-        differences: list[float] = []
-        for place, outcome in own.items():
-            dev.append(outcome.dev)
-            test.append(outcome.test)
-            if place in paper:
-                differences.append(outcome.test - paper[place].test)
-        cells = [
-            f"{setting.group} x {setting.states}",
-            str(setting.steps),
-            setting.advantage,
-            f"{setting.invalid_reward:g}",
-            str(len(own)),
-        ]
-        cells.append("{:.3f} ± {:.3f}".format(*mean_error(dev)))
-        cells.append("{:.3f} ± {:.3f}".format(*mean_error(test)))
-        if differences:
-            cell = "{:+.3f} ± {:.3f}".format(*mean_error(differences))
-            cells.append(f"{cell} ({len(differences)} pairs)")
-        else:
-            cells.append("–")
+        cells = [f"{setting.group} x {setting.states}", setting.advantage, f"{setting.invalid_reward:g}"]
+        for base in bases:
+            scores = [outcome.test for place, outcome in own.items() if place[0] == base]
+            cells.append(f"{fmean(scores):.3f} ({len(scores)})" if scores else "–")
+        for name in ("test", "dev"):
+            cells.append(plus_minus(mean_error([getattr(outcome, name) for outcome in own.values()]), "{:.3f}"))
+        # the other has G = 4, whatever this one has: the paper's
+        other_setting = Run(0, 0, kind, float(penalty), 4, 24, steps)
+        others = places.get(other_setting, {})
+        pairs = [(outcome, others[place]) for place, outcome in own.items() if place in others]
+        for name in ("test", "dev"):
+            differences = [getattr(outcome, name) - getattr(other, name) for outcome, other in pairs]
+            cell = "–"
+            if differences and setting != other_setting:
+                cell = plus_minus(mean_error(differences), "{:+.3f}")
+                cell += f" ({len(differences)})" if name == "test" else ""
+            cells.append(cell)
         cells.append(f"{fmean(outcome.valid for outcome in own.values()):.3f}")
         print(f"| {' | '.join(cells)} |")
+
+
+def plus_minus(both: tuple[float, float], form: str) -> str:
+    """A mean and its standard error; the mean alone where one run cannot tell."""
+    mean, error = both
+    text = form.format(mean)
+    return text if error != error else f"{text} ± {error:.3f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +311,7 @@ def main(a: argparse.Namespace) -> None:
             states = 96 // group  # the same number of edits for all
             wanted.append(Run(base, seed, advantage, penalty, group, states, a.steps))
         carry_out_all(wanted, a.folder, a.jobs)
-    show_table()
+    show_table(a.steps, a.against)
 
 
 if __name__ == "__main__":
@@ -319,6 +325,7 @@ if __name__ == "__main__":
     parser.add_argument("--penalties", default="-1,-0.2", help="reward of an edit that is not valid")
     parser.add_argument("--groups", default="4", help="G; the states are 96 / G")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--against", default="delta:-1", help="setting that the table's differences are from")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench", help="of bases")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--reward", type=Path, help="a base")
