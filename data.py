@@ -51,7 +51,7 @@ from tqdm import tqdm
 #
 #     problems(domain)                   a Problem: question x and gold answer y*
 #     solve_chat(instructions, problem)  the solver's prompt; what it samples is the response y
-#     grade(problem, response)           a Grade: right or wrong (r, 1 or 0), what was read, what went wrong
+#     grade(problem, response)           a Grade: right or wrong (the paper's r of an answer), what was read, why
 #     Answer                             problem, response and grade in one: an element of the summary S
 #     edit_chat(instructions, summary)   the editor's prompt; what it samples holds the new instructions
 
@@ -126,7 +126,7 @@ class Task(Protocol):
     seed_instructions: str  # the editable field before the first edit
 
     def domains(self, split: str) -> list[str]:
-        """The names of the domains of a split: "train", "test" or "all"."""
+        """The names of the domains of a split: "train", "test" or "all". (Mini and Shop have "dev", too.)"""
 
     def problems(self, domain: str) -> list[Problem]:
         """All problems of a domain, that is of one database or one subject."""
@@ -138,7 +138,7 @@ class Task(Protocol):
         """Is the response right, and why: R(x, y)."""
 
     def edit_chat(self, instructions: str, summary: Summary) -> Chat:
-        """The chat that the editor answers with new instructions: (c, S) -> c'."""
+        """The chat that the editor answers with new instructions: (c_0, S) -> c_1."""
 
 
 def extract_tag(text: str, tag: str) -> str | None:
@@ -262,7 +262,7 @@ class Mini:
         return glossary_text(self.glossary(domain))
 
     def problems(self, domain: str) -> list[Problem]:
-        """19 questions about each of 8 words: 2 in the holdout, 4 in the test split, 13 in the pool."""
+        """19 questions about each of 8 words: 2 in the holdout (--holdout 8 takes one), 4 in test, 13 in the pool."""
         rng = random.Random(domain)
         glossary = self.glossary(domain)
         kinds = [f"item {row}" for row in ROWS] + list(QUESTIONS)
@@ -281,7 +281,7 @@ class Mini:
         """The instructions and, behind them, the question.
 
         The word asked for is the last token before the answer, which restates it: that is what lets a three-layer
-        model learn to look it up (an induction head).
+        model learn to look it up: to copy what followed the same word earlier (an induction head).
         """
         return mini_chat("solve", f"{instructions} {problem.question}")
 
@@ -604,11 +604,15 @@ def own_task(name: str, path: str | Path | None) -> Task:
     if not isinstance(own, type):
         found = [word for word, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(f"--task {name}: no class {class_name!r}, there is {', '.join(found) or 'none'}.")
-    # Whether it has all members is asked now: a task that lacks `edit_chat` would fail in the first round only.
-    if own.__init__ is Questions.__init__:  # it asks for a name first
+    if own.__init__ is Questions.__init__:  # which asks for a name first, and would download without a path
+        if path is None:
+            raise ValueError(f"Task {name!r} needs --data: a JSONL file.")
         task = own(class_name, path)
+    elif path is None:
+        task = own()
     else:
-        task = own() if path is None else own(path)
+        task = own(path)
+    # Whether it has all members is asked now: a task that lacks `edit_chat` would fail in the first round only.
     missing = [member for member in MEMBERS if not hasattr(task, member)]
     if missing:
         raise ValueError(f"--task {name}: {class_name} lacks {', '.join(missing)}; see Task in data.py.")
@@ -975,6 +979,23 @@ def choice_problem(record: dict) -> Problem | None:
 OPTIONAL_COLUMNS = ("choices", "options", "domain", "tolerance")
 
 
+@functools.cache
+def misspelt(key: str | None) -> str:
+    """The optional column that a key was to be: a letter is wrong, letters have changed places, or capitals are there.
+
+    >>> misspelt("choises"), misspelt("domian"), misspelt("domain"), misspelt("domain_id"), misspelt("main")
+    ('choices', 'domain', '', '', '')
+    """
+    for column in OPTIONAL_COLUMNS:
+        if not key or key == column or len(key) != len(column):
+            continue
+        letters = key.lower()
+        wrong = sum(letter != right for letter, right in zip(letters, column))
+        if wrong < 2 or sorted(letters) == sorted(column):
+            return column
+    return ""
+
+
 def own_problem(record: dict) -> Problem:
     """A line of {"question", "answer"} and, if you like, "choices", "domain", "id", "grader" (else "choice" with
     choices, "number" for a number, "exact" for text) and "tolerance" (else 0); ValueError if they do not fit.
@@ -985,11 +1006,14 @@ def own_problem(record: dict) -> Problem:
         {"question": "Pi?", "answer": 3.14, "tolerance": 0.01}                              number
         {"question": "Capital of France?", "answer": "B", "choices": ["Rome", "Paris"]}     choice
     """
+    # More fields in a line of CSV than in its head: a comma in a text without quotes, and all after it shifted.
+    if None in record:
+        raise data_error(record["where"], "as many fields as the head has", record[None])
     # A word misspelt would be a column of no meaning, and the problem another one: asked without its options, say.
     for key in record:
-        near = difflib.get_close_matches(key.lower(), OPTIONAL_COLUMNS, n=1, cutoff=0.8)
-        if near and key not in OPTIONAL_COLUMNS:
-            raise data_error(record["where"], f"{near[0]!r}, or a column of another name", key)
+        meant = misspelt(key)
+        if meant:
+            raise data_error(record["where"], f"{meant!r}, or a column of another name", key)
     # How it is graded follows from the type of the answer, unless the record says so itself.
     answer = record["answer"]
     choices = record["choices"]
@@ -1409,7 +1433,8 @@ def start_worker() -> subprocess.Popen:
     here = Path(__file__).resolve()
     command = [sys.executable, "-c", f"import {here.stem} as d; d.sql_worker()"]
     # Packages are where this process finds them, even if only a notebook's sys.path.append says so.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    places = [os.path.abspath(place) for place in sys.path if isinstance(place, str)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, stdin=pipe, stdout=pipe, start_new_session=True, cwd=here.parent, env=environment

@@ -22,7 +22,8 @@ search chose by it. The score on the test problems, which are asked once at the 
 Read it in order: Algorithm 1, the steps it names, the methods, and what is measured at the end. Then comes a banner,
 and below it everything that only has to work: settings, models, the plan of a run, files, the report.
 
-Left out on purpose: parallel rounds of one tree (each edit reads the one before), early stopping, merging of branches.
+Left out on purpose: parallel rounds of one tree (each edit reads the one before), merging of branches, early stopping
+(but for a tree that has nothing left to gain, see `solved`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgu
 from transformers.utils import cached_file
 
 from data import Answer, Problem, extract_tag, load_task, question_text, shorten
-from lse import Check, EvolutionTree, LocalModel, Node, RemoteModel, Sample, Usage, verify
+from lse import HELLO, Check, EvolutionTree, LocalModel, Node, RemoteModel, Sample, Usage, verify
 
 # What the solver is asked: some instructions, and the problems to answer under them.
 Job = tuple[str, list[Problem]]
@@ -84,13 +85,13 @@ class Edit:
 
     text: str  # all that it wrote
     instructions: str | None  # c_1, the new instructions; None where nothing usable can be read
-    # Why the edit is rejected; "": it is not. It is invalid, or its method accepts only what beats the node edited.
+    # Why the edit is rejected, because it is invalid or because its method did not accept it; "": it is not rejected
     note: str = ""
     sample: Sample | None = None  # with the ids that training learns from
 
     @property
     def valid(self) -> bool:
-        """Whether it is still in the running."""
+        """Whether it is not rejected so far. In training, where no method has a say: whether it is not invalid."""
         return not self.note
 
 
@@ -156,17 +157,17 @@ def evolve_all(
             r.summary = answers
         # 3. The editor reads instructions and summary, and writes new instructions: see `propose_lse`.
         # A visit counts per round, a node per edit: all --edits of a round read the same summary.
-        rounds = [replace(r) for r in rounds for _ in range(s.edits)]  # one copy of the round per edit
-        propose(task, editor, rounds, s)
-        reject_long(solver, [r.edit for r in rounds], s.max_instruction_tokens)
+        attempts = [replace(r) for r in rounds for _ in range(s.edits)]  # one copy of the round per edit
+        propose(task, editor, attempts, s)
+        reject_long(solver, [each.edit for each in attempts], s.max_instruction_tokens)
         # 4. Score them on the holdout: see `accept_lse`, which scores every valid edit.
-        accept(task, solver, rounds, s)
+        accept(task, solver, attempts, s)
         # 5. Attach them to the tree, with R̄(c_1) (eq. 4). A rejected edit costs its round, and is recorded with the
         # reason and no score.
-        for r in rounds:
-            text = r.edit.instructions or r.edit.text
-            score = fmean(r.scores) if r.edit.valid else None
-            r.tree.add(r.parent, text, score, r.scores, r.summary, r.edit.note)
+        for each in attempts:
+            text = each.edit.instructions or each.edit.text
+            score = fmean(each.scores) if each.edit.valid else None
+            each.tree.add(each.parent, text, score, each.scores, each.summary, each.edit.note)
         # After the whole round, never within it: what is saved is a state that can be gone on from.
         on_round(trees)
     return trees  # the paper's argmax R̄ is tree.best()
@@ -231,7 +232,7 @@ def split_problems(problems: list[Problem], s: Settings) -> dict[str, list[Probl
         return {"pool": pool, "holdout": holdout[: s.holdout], "test": test[: s.test]}
 
     distinct = distinct_problems(problems)
-    # Batches are drawn with replacement, so a pool of one would do; with k it can show the editor different ones.
+    # Batches are drawn with replacement, so a pool of one would do. With k the editor may see k different ones.
     if len(distinct) < s.k + s.holdout + s.test:
         raise ValueError(
             f"{domain} has {len(distinct)} problems, fewer than k + holdout + test = "
@@ -465,10 +466,10 @@ def read_edit(task, sample: Sample, tag: str = "prompt") -> Edit:
 # method rejects it adds the reason, as a note.
 #
 #                rewrites by                   keeps                              edits next
-#     lse        one call                      every edit that can be read        what --search says, UCB by default
-#     gepa       one call                      what beats its parent on x_1..k    a node of the Pareto front
-#     textgrad   a critique, then a rewrite    what does not lower the score      the newest kept
-#     reflexion  adding one lesson             every edit that can be read        the newest
+#     lse        one call                      every valid edit                   what --search says, UCB by default
+#     gepa       one call                      what beats its parent on S's k     a node of the Pareto front
+#     textgrad   a critique, then a rewrite    what does not lower the score      the newest of those
+#     reflexion  adding one lesson             every valid edit                   the newest
 
 
 def propose_lse(task, editor, rounds: list[Round], s: Settings) -> None:
@@ -481,7 +482,7 @@ def propose_lse(task, editor, rounds: list[Round], s: Settings) -> None:
 
 
 def ask_for_edits(task, editor, rounds: list[Round], chats: list, s: Settings, tag: str) -> None:
-    """One edit per round, read from between the tags. Those with nothing there are counted as unreadable."""
+    """One edit per round, read from between the tags. Invalid ones are counted as unreadable."""
     for r, (sample,) in zip(rounds, editor.sample(chats, **editor_sampling(s))):
         r.edit = read_edit(task, sample, tag)
         if not r.edit.valid and not sample.error:
@@ -489,7 +490,7 @@ def ask_for_edits(task, editor, rounds: list[Round], chats: list, s: Settings, t
 
 
 def accept_lse(task, solver, rounds: list[Round], s: Settings) -> None:
-    """Score every edit that can be read. A bad one gets a low score, which is what the search goes by.
+    """Score every valid edit. A bad one gets a low score, which is what the search goes by.
 
     It is kept all the same: what comes of it later may be good, and the tree can always step back.
     """
@@ -683,7 +684,7 @@ def seed_trees(task, domains: list[str], solver, s: Settings) -> dict[str, Evolu
     for domain in domains:
         holdout = split_problems(task.problems(domain), s)["holdout"]
         jobs.append((task.seed_instructions, holdout))
-    # R̄(c_0), the first baseline: the score that edits of the root are compared with.
+    # R̄(c_0): what edits of the root are compared with.
     trees = {}
     for domain, scores in zip(domains, score_all(task, solver, jobs, s)):
         trees[domain] = EvolutionTree(task.seed_instructions, fmean(scores), scores, c=s.c)
@@ -734,8 +735,8 @@ def final_test(
     # And given to both where they are the same.
     out = {}
     for domain, tree in trees.items():
-        seed, best = tree.nodes[0].instructions, tree.best().instructions
-        out[domain] = (scores[domain, seed], scores[domain, best])
+        first, best = tree.nodes[0].instructions, tree.best().instructions
+        out[domain] = (scores[domain, first], scores[domain, best])
     return out
 
 
@@ -800,11 +801,11 @@ class Contestant:
 def contestants(task, solver, editor) -> list[Contestant]:
     """Each editor with every rule of LSE's own and every baseline: which makes the difference, editor or search?
 
-    The untrained editor is the solver itself. Where that is the editor as well, there is one set of rows.
+    The untrained editor is the solver itself. Where that is the only editor, all rows twice would say nothing more.
     """
-    editors = {"untrained": twin(solver), "trained": editor}
-    if is_same_model(solver, editor):
-        editors = {"itself": editor}
+    editors = {"untrained": twin(solver)}
+    if not is_same_model(solver, editor):
+        editors["trained"] = editor
     rows = []
     for label, model in editors.items():
         rows.append(Contestant(label, model, "lse", "chain"))
@@ -968,7 +969,7 @@ class Config(Settings):
     )
     # The comparison, and the paper's own way of reporting.
     compare: bool = option(
-        False, "untrained (the solver) and trained editor x all methods, as a table"
+        False, "untrained (the solver) and trained editor, where there are two, x all methods, as a table"
     )
     seeds: int = option(3, "seeds of --compare")
     paper_protocol: bool = option(
@@ -1223,19 +1224,21 @@ def open_model(name: str, served: str, s: Config, role: str) -> Model:
 
     The key for a server stands in LSE_SOLVER_API_KEY or LSE_EDITOR_API_KEY, or where the two are one in LSE_API_KEY.
     """
-    if re.match(r"[\w.-]+:\d+(/|$)", name) and not Path(name).exists():
-        raise ValueError(f"--{role} {name}: is it a server? Then write http://{name}.")
+    like_a_server = re.match(r"(localhost|[\w.-]+:\d+|\[[\da-f:]+\](:\d+)?)(/|$)", name, re.IGNORECASE)
+    if like_a_server and not Path(name).exists():
+        raise ValueError(f"--{role} {name}: is it a server? Then write http:// or https:// before it.")
     if "://" not in name:
         return load_model(name, s.max_batch_tokens, s.dtype)
-    key = os.environ.get(f"LSE_{role.upper()}_API_KEY")
+    key = f"LSE_{role.upper()}_API_KEY"
     try:  # is anybody there?
-        first = RemoteModel(name, api_key=key, timeout=20, retries=1).model
-    # A server that lists no models will do, if it need not choose one; one that turns down the key will not.
+        first = RemoteModel(name, key_name=key, timeout=20, retries=1).model
     except ConnectionError as error:
-        if not served or re.search(r"no answer|\b401\b", str(error)):
+        if not served or "no answer" in str(error):
             raise
+        # A server that lists no models will do if it answers. A wrong key shows here, before any work.
+        RemoteModel(name, served, key_name=key, timeout=60, retries=1).sample([HELLO])
         first = served
-    return RemoteModel(name, served or first, key)  # with the patience that hours of work deserve
+    return RemoteModel(name, served or first, key_name=key)  # with the patience that hours of work deserve
 
 
 def check_models(
@@ -2108,9 +2111,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         if action.dest in PRESETS:
             preset = PRESETS[action.dest]
-            text += f" (mini: {preset.mini}, shop: {preset.shop}, else: {preset.paper}"
+            text += f" (mini {preset.mini}, shop {preset.shop}, else {preset.paper}"
             if preset.training is not None:
-                text += f", in train.py {preset.training}"
+                text += f" or in train.py {preset.training}"
+            if preset.rehearsal != preset.paper:
+                text += f", of that without a GPU {preset.rehearsal}"
             return f"{text})"
         if isinstance(action.default, bool) or action.default in (None, "", argparse.SUPPRESS):
             return text
@@ -2159,11 +2164,13 @@ class Row:
 
 
 def first_with_a_step_back(trees: dict[str, EvolutionTree]) -> str:
-    """The first domain whose search went back to an older node, and so has a tree with branches; else the first."""
+    """The first domain whose search once left the newest nodes for an older one; else the first."""
     for domain, tree in trees.items():
-        edited = [node.parent for node in tree.nodes[1:]]
-        if len(set(edited)) < len(edited):
-            return domain
+        edits = max(1, (len(tree.nodes) - 1) // max(1, tree.rounds))  # of a round
+        for first in range(1, len(tree.nodes), edits):
+            newest = [node for node in tree.nodes[max(0, first - edits) : first] if node.score is not None]
+            if newest and tree.nodes[first].parent < newest[0].id:
+                return domain
     return next(iter(trees))
 
 

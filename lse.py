@@ -74,8 +74,20 @@ Group = tuple[Tensor, Sequence[Tensor]]  # a prompt's ids (P,) and its G respons
 # What an edit is worth
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The same for all invalid edits, as in the official code. (Scored −1, eq. 7 would give −1 − R̄(c_0).)
-# train.py takes a milder one: see `invalid_reward` there.
+# Words for a PyTorch reader without RL. *Policy*: a model that is sampled from, here the editor. *Reward*: one number
+# per sample; sampling tokens and running SQL have no derivative, so nothing flows back through it. What has one is log
+# f, the log-probability of what was sampled. Seen from supervised learning, a step is cross-entropy on the editor's own
+# edits as labels, each weighted by its advantage, which may be negative. The objective is J = E[R̄(c_1) − R̄(c_0)] over
+# edits c_1 ~ f_ψ(c_0, S_0), and its gradient is
+#
+#     ∇J = E[A ∇ log f_ψ(c_1 | c_0, S_0)]        with the advantage A = R̄(c_1) − R̄(c_0)        (eq. 8-10)
+#
+# where log f_ψ of an edit is the sum over its tokens. Subtracting anything that does not depend on c_1, a *baseline*,
+# leaves the expectation as it is, since E[∇ log f] = 0, and can lower the variance. The score before the edit is such
+# a baseline, known for free. So R̄(c_1) alone has the same expected gradient; but in a batch of finite size it pushes
+# up every edit of a good start, helpful or not, and that is noise.
+
+# The same for all invalid edits, as in the official code; train.py takes a milder one, see `invalid_reward` there.
 INVALID_REWARD = -1.0
 
 
@@ -99,15 +111,16 @@ def advantages(
     """The advantage of each edit, (N, G), from the scores after it (N, G) and before it (N,).
 
     An advantage says how much better than expected an edit did; the loss multiplies log-probs by it. The kinds differ
-    in what is expected, the *baseline*. One that depends on the start state alone leaves the expected gradient as it is
-    (eq. 8-10), and can make it less noisy.
+    in what is expected, the baseline. "grpo" and "line" take theirs from the edits themselves, each of which has a
+    small part in its own: so they leave the expected gradient nearly as it is, and not quite.
 
-    "delta"  the paper's: the reward as it is. The score before the edit is the baseline (eq. 8-10); nothing is scaled.
-    "score"  the paper's counter-example, R̄(c_1) alone: it favours start states that were good already.
-    "grpo"   R̄(c_1) minus the mean of its group, divided by the group's standard deviation.
-    "line"   ours: the delta minus its least-squares line in R̄(c_0) over the batch. From a bad start there is much to
-             gain, from a good one nothing: so the average delta falls with R̄(c_0), and edits of bad starts are praised
-             whatever they do. The fitted line takes that out, and needs no group: G may be 1.
+    "delta"  the paper's: A = r, the reward as it is. Nothing is scaled.
+    "score"  the paper's counter-example, A = R̄(c_1): without a baseline.
+    "grpo"   R̄(c_1) minus the mean of its group, divided by the group's standard deviation. An invalid edit counts as
+             a score of `invalid_reward`, so it always loses to those that can be read.
+    "line"   ours: A = r − (a + b R̄(c_0)), with a and b fitted to the batch by least squares. From a bad start there is
+             much to gain, from a good one nothing: so the average delta falls with R̄(c_0), and edits of bad starts are
+             praised whatever they do. The fitted line takes that out, and needs no group: G may be 1.
 
     >>> after, before = torch.tensor([[1.0, 0.5], [0.5, 0.5]]), torch.tensor([0.5, 0.25])
     >>> valid = torch.ones(2, 2, dtype=torch.bool)
@@ -151,10 +164,11 @@ def policy_loss(
 
     `logprobs` holds one tensor (T,) per response. `n_tokens` counts the response tokens of the WHOLE batch, so the
     losses of its micro-batches add up. Every token weighs the same: dividing by a response's own length would favour
-    long failures, whose tokens were each punished less. The loss is that of PPO, −min(ratio A, clipped ratio A), where
-    ratio = p / p_old for a token. With one update per batch there is no older policy (`old_logprobs` None): the ratio's
-    value is 1, the clip never acts, and its gradient is that of log p, so the loss has the gradient −A ∇log p. That is
-    all of reinforcement learning here: likelier where A > 0, less likely where A < 0.
+    long failures, whose tokens were each punished less. (∇J is a mean over edits. A mean over tokens is the same but
+    for a factor, the tokens of an average edit.) The loss is that of PPO, −min(ratio A, clipped ratio A), where
+    ratio = p / p_old for a token. With one update per batch, as in train.py, there is no older policy (`old_logprobs`
+    None): the ratio's value is 1, the clip never acts, and its gradient is that of log p, so the loss has the gradient
+    −A ∇log p. That is all of reinforcement learning here: likelier where A > 0, less likely where A < 0.
 
     >>> two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])  # the fourth token is in another micro-batch
     >>> policy_loss([two, one], [1.0, -1.0], n_tokens=4).item()
@@ -221,15 +235,13 @@ class EvolutionTree:
 
     def select(self, rule: str = "ucb", seed: int = 0) -> Node:
         """The node to edit next; counts the visit. "pareto" draws from `seed` and the round, so resuming repeats it."""
-        # In turn: the paper's; always the newest (a linear chain, which goes on from a bad edit as well); always the
-        # best (which never explores); GEPA's draw among nodes that are best at something.
-        if rule == "ucb":
+        if rule == "ucb":  # the paper's
             chosen = max(self.scored(), key=self.upper_bound)  # of equals, max takes the first
-        elif rule == "chain":
+        elif rule == "chain":  # the newest, so it goes on from a bad edit as well
             chosen = self.scored()[-1]
-        elif rule == "best":
+        elif rule == "best":  # it never explores
             chosen = self.best()
-        elif rule == "pareto":
+        elif rule == "pareto":  # GEPA's draw among nodes that are best at something
             nodes, weights = self.pareto_front()
             chosen = random.Random(f"{seed}/{self.rounds}").choices(nodes, weights)[0]
         else:
@@ -1684,9 +1696,10 @@ class RemoteModel:
     base_url: used as given, but for /chat/completions at its end; where it has no such route, /v1 is added. A query
     (Azure's ?api-version=...) goes along with every request; a key in a URL is refused.
     model: its name there; None takes the first that GET .../models lists.
-    api_key: default $LSE_API_KEY, else $OPENAI_API_KEY; else "no-key", never this machine's Hugging Face token. Sent
-    as a Bearer token and as Azure's api-key, as OpenAI's own client for Azure does (other servers ignore the latter);
-    to no other host (redirects are not followed); never printed.
+    api_key: default $LSE_API_KEY, else $OPENAI_API_KEY; else "no-key", never this machine's Hugging Face token.
+    key_name: another variable, looked into before those two. Sent as a Bearer token and as Azure's api-key, as OpenAI's
+    own client for Azure does (other servers ignore the latter); to no other host (redirects are not followed); never
+    printed.
     timeout: seconds without a byte; after such a silence there is one more try. concurrency: requests in flight.
     retries, backoff: what may pass (429, 5xx, a lost connection, a reply that is none) is tried again up to
     `retries` times, after about backoff * 2^attempt seconds or what Retry-After asks for, a minute at most.
@@ -1700,11 +1713,13 @@ class RemoteModel:
 
     def __init__(self, base_url: str, model: str | None = None, api_key: str | None = None, *,
                  timeout: float = 600.0, concurrency: int = 16, retries: int = 5, backoff: float = 1.0,
-                 extra: dict | None = None) -> None:
-        key = api_key or os.environ.get("LSE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "no-key"
+                 extra: dict | None = None, key_name: str = "LSE_API_KEY") -> None:
+        names = [name for name in (key_name, "LSE_API_KEY", "OPENAI_API_KEY") if os.environ.get(name)]
+        self._key_name = names[0] if names else "LSE_API_KEY"
+        key = api_key or os.environ.get(self._key_name) or "no-key"
         self._key = key.strip()
         if not re.fullmatch("[!-~]+", self._key):  # the HTTP library would refuse it, and quote it
-            raise ValueError("the key must be one ASCII word in LSE_API_KEY")
+            raise ValueError(f"the key must be one ASCII word in {self._key_name}")
         self.base_url, self._query = split_url(base_url)
         self._routes = [self.base_url]  # those that may be right; one, after the first answer
         if not self.base_url.endswith("/v1"):
@@ -1942,7 +1957,7 @@ class RemoteModel:
     def _failure(self, path: str, words: str) -> str:
         """What a ConnectionError says: where, the server's words, what its user can do."""
         return (f"{self.base_url}/{path} failed. {words}\nWhat to do: see that the server is up, check URL, "
-                "model name, settings and quota, and the key in LSE_API_KEY")
+                f"model name, settings and quota, and the key in {self._key_name}")
 
     def _short(self, words: str) -> str:
         """A server's words, fit to be printed and saved: one line without the key."""

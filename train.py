@@ -48,22 +48,10 @@ from lse import Check, MasterAdamW, advantages, delta_reward, policy_loss
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: one edit is one pull of a bandit
 # ---------------------------------------------------------------------------------------------------------------------
-# Words that a PyTorch reader without RL meets below. *Policy*: a model that is sampled from, here the editor. *Reward*:
-# one number per sample; sampling tokens and running SQL have no derivative, so nothing flows back through it. What has
-# one is log f, the log-probability of what was sampled. *On-policy*: a batch is drawn by the very weights that it then
-# changes, serves one step and is thrown away; there is no data set, and no epoch. Seen from supervised learning, a
-# step is cross-entropy on the editor's own edits as labels, each weighted by its advantage, which may be negative.
-#
-# In the words of RL: a *state* is a pair of instructions c_0 and summary S_0, an *action* a whole edit c_1, and the
-# episode ends after one action (T = 1 in the paper, a contextual bandit). What edits lead to in the long run is left to
-# the search at test time. The objective is J = E[R̄(c_1) − R̄(c_0)] over edits c_1 ~ f_ψ(c_0, S_0), and its gradient is
-#
-#     ∇J = E[A ∇ log f_ψ(c_1 | c_0, S_0)]        with the advantage A = R̄(c_1) − R̄(c_0)        (eq. 8-10)
-#
-# where log f_ψ of an edit is the sum over its tokens. Subtracting anything that does not depend on c_1, a *baseline*,
-# leaves the expectation as it is, since E[∇ log f] = 0, and can lower the variance. The score before the edit is such
-# a baseline, known for free. So R̄(c_1) alone has the same expected gradient; but in a batch of finite size it pushes
-# up every edit of a good start, helpful or not, and that is noise.
+# What is maximised, and by which gradient, stands in lse.py, "What an edit is worth". The other words of RL: a *state*
+# is a pair of instructions c_0 and summary S_0, an *action* a whole edit c_1, and the episode is over after one action
+# (a contextual bandit). What edits lead to in the long run is left to the search at test time. *On-policy*: a batch is
+# drawn by the very weights that it then changes, serves one step and is thrown away; there is no data set, no epoch.
 
 
 @dataclass
@@ -78,7 +66,7 @@ class StartState:
     # 0 to 1. Known before the edit is made, which is why it may serve as the baseline.
     score: float  # R̄(c_0)
     seed: int  # draws the same splits again: the holdout that gave the score must judge the edits, too
-    # the best score of its tree minus its own: how much more is known to be possible
+    # the best score of its tree minus its own, how much more is known to be possible: 0 for the best itself
     potential: float
 
 
@@ -134,18 +122,17 @@ def train_step(
     for group, summary in zip(groups, answers):
         group.summary = summary
 
-    # 3. Edits: c_1 ~ f_ψ(c_0, S_0), G of each, at temperature 1 and with nothing cut off: else the gradient would be
-    # another policy's.
+    # 3. Edits: c_1 ~ f_ψ(c_0, S_0), G of each, at temperature 1 and with nothing cut off, the defaults of `sample`.
+    # With the top-p and top-k of test time the sampler would be one policy and the scorer, `group_logprobs`, another,
+    # and no message would tell.
     chats = [editor_chat(task, editor, group, s) for group in groups]
-    # Temperature 1 and nothing cut off are the defaults of `sample`. With the top-p and top-k of test time the sampler
-    # would be one policy and the scorer, `group_logprobs`, another, and no message would tell.
     drawn = editor.sample(chats, n=s.group, max_new_tokens=s.editor_tokens)
     for group, samples in zip(groups, drawn):
         group.edits = [evolve.read_edit(task, sample) for sample in samples]
         evolve.reject_long(solver, group.edits, s.max_instruction_tokens)
     sampled = time.time()
 
-    # 4. Scores: R̄(c_1) on the holdout that also scored c_0. An edit that cannot be read is not scored.
+    # 4. Scores: R̄(c_1) on the holdout that also scored c_0. An invalid edit is not scored.
     jobs = []
     for group in groups:
         jobs += [(edit.instructions, group.holdout) for edit in group.edits if edit.valid]
@@ -164,9 +151,9 @@ def train_step(
     scored = time.time()
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
     after = torch.tensor([each.after for each in everyone])  # (N, G)
-    weights = advantages(s.advantage, after, before, ~after.isnan(), s.invalid_reward)  # (N, G)
+    of_all = advantages(s.advantage, after, before, ~after.isnan(), s.invalid_reward)  # (N, G)
     # Gathered process by process: the chunk of this rank belongs to this process's groups.
-    my_weights = weights.chunk(processes)[rank]  # (N / processes, G)
+    of_mine = of_all.chunk(processes)[rank]  # (N / processes, G)
 
     # 6. Loss and step. The log-probs of the edits are computed again, differentiably, a few groups at a time: their
     # gradients add up to that of the mean over the tokens of the whole batch.
@@ -180,11 +167,11 @@ def train_step(
     # Gradient checkpointing needs train mode. Otherwise eval mode: what sampled had no dropout, either.
     editor.model.train(s.gradient_checkpointing)
     negative_logprobs = 0.0
-    for batch, batch_weights in micro_batches(groups, my_weights, s.micro_batch):
+    for batch, of_batch in micro_batches(groups, of_mine, s.micro_batch):
         # Scored are the very ids that were sampled: text that is decoded and encoded again may become other tokens.
         logps = sum(editor.group_logprobs(batch), [])  # one tensor (T,) per edit
         # `backward` adds to the gradients that are there, and frees the activations of this micro-batch.
-        policy_loss(logps, batch_weights.flatten(), n_tokens).backward()
+        policy_loss(logps, of_batch.flatten(), n_tokens).backward()
         negative_logprobs -= sum(float(logp.detach().sum()) for logp in logps)
     if processes > 1:
         # The sum, where data-parallel training usually takes the mean: each process has divided by everyone's tokens
@@ -195,7 +182,7 @@ def train_step(
 
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
-    line["spread"] = float(weights.max() - weights.min())  # 0: no edit was better than another
+    line["spread"] = float(of_all.max() - of_all.min())  # 0: no edit was better than another
     # How unsure the editor is. It falls as edits become alike (in the miniature from 0.88 to 0.30); at 0 all G edits
     # are the same, and there is nothing left to choose from.
     # E[−log p] = H, in nats per token.
@@ -445,7 +432,8 @@ def grow_states(
 def training_settings(s: Config, seed: int) -> Config:
     """The settings for a training domain: the seed of its tree, and no problems kept back for a test.
 
-    What is tested in the end are other domains. So here the test problems go to the pool.
+    What is tested in the end are other domains. So here the test problems go to the pool (where the task prescribes the
+    splits, they are not used at all).
     """
     return replace(s, test=0, seed=seed)
 
@@ -644,7 +632,7 @@ class Config(Settings):
     advantage: Literal["delta", "grpo", "score", "line"] = option(
         "delta", "delta is the paper's; the others are explained in lse.advantages"
     )
-    # An invalid edit, one that has no closing tag or is too long, needs a reward below that of a useless one, but no
+    # An invalid edit, one that cannot be read or is too long, needs a reward below that of a useless one, but no
     # more: rewards are differences of scores, about 0.1 here, and beside the official code's −1 for one edit in twenty
     # the gradient hardly sees the rest. (Measured: "Advantages" in tests/RESULTS.md.)
     invalid_reward: float = option(
@@ -819,6 +807,21 @@ def check_learning(lines: list[dict], groups: list[EditGroup], s: Config) -> Non
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: a kill, a full disk or a torn file costs the step that was under way, never the run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_log(out: Path, lines: list[dict]) -> None:
+    """All lines at once, and a checkpoint has them too: killed at any moment and resumed, each is there once."""
+    evolve.save_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def identity(s: Config) -> dict:
+    """What a run and its checkpoints have in common. A checkpoint of an equal run elsewhere is as good as its own."""
+    return {name: value for name, value in asdict(s).items() if name not in FREE}
+
+
 def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
     """After the last step, every `save_every` steps, else so seldom that saving takes less than 5% of the time.
 
@@ -834,21 +837,6 @@ def checkpoint_due(step: int, s: Config, since: float, saving: float) -> bool:
     if s.save_every:
         return (step + 1) % s.save_every == 0
     return since > 20 * saving
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: a kill, a full disk or a torn file costs the step that was under way, never the run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def save_log(out: Path, lines: list[dict]) -> None:
-    """All lines at once, and a checkpoint has them too: killed at any moment and resumed, each is there once."""
-    evolve.save_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def identity(s: Config) -> dict:
-    """What a run and its checkpoints have in common. A checkpoint of an equal run elsewhere is as good as its own."""
-    return {name: value for name, value in asdict(s).items() if name not in FREE}
 
 
 def save_checkpoint(out: Path, s: Config, optimizer: MasterAdamW, progress: Progress) -> None:

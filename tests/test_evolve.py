@@ -778,6 +778,21 @@ def test_a_solver_on_a_server_and_an_editor_here(checkpoints: Path, tmp_path: Pa
     assert results["test"]["best"] == 1.0 and results["cost"]["editor"]["answers"] == 0  # nothing can be better
 
 
+def test_the_tree_that_is_printed_is_one_that_steps_back() -> None:
+    def grown(*parents: int, edits: int = 1, invalid: int = 0) -> EvolutionTree:
+        tree = EvolutionTree("", 0.1)
+        for i, parent in enumerate(parents, 1):
+            tree.add(tree.nodes[parent], str(i), None if i == invalid else 0.2)
+        tree.rounds = len(parents) // edits
+        return tree
+
+    chain, back, again = grown(0, 1, 2), grown(0, 0, 2), grown(0, 0, 2, invalid=1)
+    assert evolve.first_with_a_step_back({"chain": chain, "again": again, "back": back}) == "back"
+    pairs, pairs_back = grown(0, 0, 2, 2, edits=2), grown(0, 0, 0, 0, edits=2)
+    assert evolve.first_with_a_step_back({"chain": chain, "pairs": pairs, "back": pairs_back}) == "back"
+    assert evolve.first_with_a_step_back({"chain": chain, "again": again, "pairs": pairs}) == "chain"
+
+
 def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     s = Config(solver=str(checkpoints / "narrow"), editor=str(checkpoints / "wide"), out="run", compare=True, seeds=2,
@@ -798,7 +813,7 @@ def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, ca
     assert all(" | – | – | " in row for row in Path("paper/compare.md").read_text().splitlines()[2:])
     evolve.main(replace(s, editor=s.solver, test=0, seeds=1, rounds=1, out="itself"))  # one model in both roles
     rows = Path("itself/compare.md").read_text().splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| itself"] * 4
+    assert [row.split(" | ")[0] for row in rows] == ["| untrained"] * 4
     assert "Plan: 8 trees of 1 round on 2 domains" in capsys.readouterr().out
 
 

@@ -213,6 +213,7 @@ MISTAKES = [
     ('{"question": "Q?", "answer": "A", "choices": "ab"}', "expected question, answer and any list of choices"),
     ('{"question": "Q?", "answer": "A", "grader": "choice"}', r"text of one of \(\), found 'A'"),
     ('{"question": "Q?", "answer": "A", "choises": ["a", "b"]}', "line 1: expected 'choices', .*, found 'choises'"),
+    ('{"question": "Q?", "answer": "x", "Domain": "law"}', "line 1: expected 'domain', .*, found 'Domain'"),
     ('{"question": "Q?", "answer": "x", "domian": "law"}', "line 1: expected 'domain', .*, found 'domian'"),
     ('{"question": "Q?", "answer": "x", "id": 1}\n{"question": "Q?", "answer": "y", "id": "1"}',
      r"line 2: expected one file for own and every id once in it, found '1'"),
@@ -228,6 +229,15 @@ def test_a_mistake_is_named_with_file_line_and_value(tmp_path: Path, text: str, 
     with pytest.raises(ValueError, match=sentence) as error:
         Questions("jsonl", tmp_path / "own.jsonl")
     assert str(tmp_path / "own.jsonl") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_columns_are_left_alone_and_a_shifted_line_of_csv_is_named(tmp_path: Path):
+    names = ("subdomain", "domain_id", "main", "optional", "opinions", "option_a", "choice", "grade", "id2")
+    line = {"question": "Q?", "answer": "x"} | dict.fromkeys(names, "y")
+    assert [problem.gold for problem in task_of(tmp_path, line).problems("own")] == ["x"]
+    (tmp_path / "shifted.csv").write_text("question,answer\nWhat, exactly?,x\n")
+    with pytest.raises(ValueError, match="shifted.csv, line 1: expected as many fields as the head has, found"):
+        Questions("jsonl", tmp_path / "shifted.csv")
 
 
 def test_no_file_says_what_is_needed(tmp_path: Path):

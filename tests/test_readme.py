@@ -47,10 +47,30 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
+PAGES = (ROOT / "README.md", ROOT / "tests" / "RESULTS.md", ROOT / "tests" / "miniature" / "README.md")
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings: "What a real run costs" is #what-a-real-run-costs."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
-    for file in (ROOT / "README.md", ROOT / "tests" / "RESULTS.md", ROOT / "tests" / "miniature" / "README.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text(encoding="utf-8")):
-            assert (file.parent / target).exists(), f"{file.name}: {target}"
+    for page in PAGES:
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+        for file, anchor in links:
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page.name}: {file}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {file}#{anchor}"
+
+
+def test_the_minutes_to_read_are_those_of_the_lines_above_the_banner() -> None:
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert [file for file, _ in rows] == ["lse.py", "data.py", "evolve.py", "train.py"]
+    for file, minutes in rows:
+        heart, _, plumbing = (ROOT / file).read_text("utf-8").partition("\n# From here on only")
+        assert plumbing and abs(heart.count("\n") / 40 - int(minutes)) < 1.5, file
 
 
 def test_there_are_commands_to_check() -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import pickle
 import random
+import re
 import ssl
 import threading
 import time
@@ -34,8 +35,8 @@ CONTEXT = ssl.create_default_context()
 @pytest.fixture(autouse=True)
 def no_inherited_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """No key and no proxy but the test's own."""
-    for name in ("LSE_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY",
-                 "no_proxy"):
+    for name in ("LSE_API_KEY", "LSE_SOLVER_API_KEY", "LSE_EDITOR_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY",
+                 "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     if lse.httpx.__name__ == "httpx2":
         monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: CONTEXT)  # 60 ms for each model otherwise
@@ -890,19 +891,20 @@ def test_solver_and_editor_may_have_keys_of_their_own(monkeypatch: pytest.Monkey
     assert keys == ["both", "the-editors", "both", "the-editors"]  # the models are listed, then asked
 
 
-def test_a_wrong_key_is_found_before_any_work() -> None:
+def test_a_wrong_key_is_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though a server that lists no models will do where the model is named."""
     settings = evolve.Config()
-    with serve(echo, nowhere=Fault(status=404)) as server:
-        assert evolve.open_model(f"{server.url}/deep", "x", settings, "editor").model == "x"
-    refused = pytest.raises(ConnectionError, match="no such key(?s:.*)the key in LSE_API_KEY")
+    with serve(echo, models=()) as server:
+        assert evolve.open_model(server.url, "x", settings, "editor").model == "x"
+    monkeypatch.setenv("LSE_EDITOR_API_KEY", "wrong")
+    refused = pytest.raises(ConnectionError, match="no such key(?s:.*)the key in LSE_EDITOR_API_KEY")
     with serve(echo, nowhere=Fault(status=401, message="no such key")) as server, refused:
         evolve.open_model(f"{server.url}/deep", "x", settings, "editor")
 
 
-@pytest.mark.parametrize("name", ["localhost:8000/v1", "localhost:8000", "my-host.lan:80", "10.0.0.1:8000/v1"])
+@pytest.mark.parametrize("name", ["localhost:8000/v1", "localhost/v1", "host.lan:80", "10.0.0.1:8000/v1", "[::1]:80"])
 def test_a_server_without_its_scheme_is_recognised(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--solver {name}: is it a server. Then write http://{name}"):
+    with pytest.raises(ValueError, match=f"--solver {re.escape(name)}: is it a server. Then write http:// or https://"):
         evolve.open_model(name, "", evolve.Config(), "solver")
 
 

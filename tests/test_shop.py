@@ -184,6 +184,8 @@ def test_a_task_of_ones_own_comes_from_a_file(tmp_path: Path):
     (tmp_path / "two.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"question": "1+2?", "answer": 3}\n')
     task = load_task(f"{tmp_path}/my task.py:Sums", f"{tmp_path}/two.jsonl")
     assert task.name == "Sums" and [problem.gold for problem in task.problems("two")] == ["2", "3"]
+    with pytest.raises(ValueError, match="my task.py:Sums' needs --data"):  # and downloads nothing
+        load_task(f"{tmp_path}/my task.py:Sums")
     with pytest.raises(ValueError, match="Half lacks seed_instructions, problems, solve_chat, grade, edit_chat"):
         load_task(f"{tmp_path}/my task.py:Half")
     with pytest.raises(ValueError, match="no class 'Other', there is .*Adder, Half"):

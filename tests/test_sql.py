@@ -424,6 +424,7 @@ def test_a_worker_finds_packages_where_this_process_does(db, tmp_path, monkeypat
     monkeypatch.setattr(data, "IDLE", [])
     assert execution_match(db, "SELECT 1", "SELECT 1").correct
     assert seen.exists()
+    stop_workers()
 
 
 def test_match_many_of_nothing():
