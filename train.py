@@ -304,7 +304,8 @@ def reinforce(
     main_process = accelerator.is_main_process
     saved = time.time()  # the last checkpoint, and the seconds that it took
     saving = 0.0
-    bar = {"desc": "2. RL", "unit": "step", "disable": not main_process}
+    # drawn after the first step: what comes before is "0." and "1."
+    bar = {"desc": "2. RL", "unit": "step", "disable": not main_process, "delay": 1e-3}
     for step in tqdm(range(done, s.steps), total=s.steps, initial=done, **bar):
         if step == 0:
             # If perfect instructions score no better than none, hours of training could not show it more clearly.

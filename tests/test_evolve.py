@@ -1178,9 +1178,13 @@ def test_a_terminal_without_the_plus_minus_sign_loses_no_results(tmp_path: Path)
 
 def test_a_server_that_lists_no_models_will_do_if_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with serve(lambda *_: "yes") as server:
-        elsewhere = server.url.removesuffix("/v1") + "/elsewhere"  # a 404
-        named = evolve.load_models(Config(solver=elsewhere, solver_model="a", editor=server.url))
+    with serve(lambda *_: "yes", models=()) as mute, serve(lambda *_: "yes") as server:
+        named = evolve.load_models(Config(solver=mute.url, solver_model="a", editor=server.url))
         assert [model.model for model in named] == ["a", "test-model"]
+        elsewhere = server.url.removesuffix("/v1") + "/elsewhere"  # a 404, for chats as well
+        with pytest.raises(ConnectionError, match="404"):
+            evolve.load_models(Config(solver=elsewhere, solver_model="a", editor=server.url))
+        with pytest.raises(ConnectionError, match="no models are listed"):
+            evolve.load_models(Config(solver=mute.url, editor=server.url))
         with pytest.raises(ConnectionError, match="404"):
             evolve.load_models(Config(solver=elsewhere, editor=server.url))
