@@ -885,8 +885,12 @@ def test_solver_and_editor_may_have_keys_of_their_own(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LSE_EDITOR_API_KEY", "the-editors")
     with serve(echo) as server:
         settings = evolve.Config(solver=server.url, editor=f"{server.url}/")
-        for model in evolve.load_models(settings):
+        solver, editor = evolve.load_models(settings)
+        for model in (solver, editor):
             model.sample([ask("a")])
+    assert evolve.is_same_model(solver, editor)  # one name on one server
+    editor.model = "another"
+    assert not evolve.is_same_model(solver, editor)
     keys = [request["key"] for request in server.requests]
     assert keys == ["both", "the-editors", "both", "the-editors"]  # the models are listed, then asked
 

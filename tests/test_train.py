@@ -149,6 +149,8 @@ def test_the_command_line(command):
     for field in fields(train.Config):
         assert f"--{field.name}" in text, field.name
         assert " ".join(field.metadata["help"].split()) in text, field.name
+    assert "(mini 1, shop 1, else 8 or in train.py 1, of that without a GPU 1)" in text  # --samples
+    assert "(default: -0.2)" in text and "all sampling (default: 0)" in text and "default: None" not in text
     for args in (["--steeps", "3"], ["--step", "3"], ["--advantage", "ppo"], ["--steps", "many"], ["stray"]):
         assert command(*args) == (2, "")
 
