@@ -1,4 +1,4 @@
-"""Learning: reward and test accuracy over the steps of RL, for the paper's advantage, its rivals, and two penalties.
+"""Learning: reward and test accuracy over the steps of RL, for the paper's advantage and its rivals.
 
     python tests/bench_miniature.py --run ...     trains, and writes results/learning.csv: a minute of one core a run
     python tests/figure_learning.py               results/learning.svg, from that file
@@ -31,10 +31,12 @@ def main(a: argparse.Namespace) -> None:
     untrained = [row for row in rows if row["steps"] == "0"]
     rewards = Panel("reward", "step of RL", [], a.low, a.high, steps=4)
     accuracies = Panel("test accuracy", "step of RL", [], steps=4)
-    for look, kind in enumerate(a.kinds.split(",")):
+    kinds = a.kinds.split(",")
+    one_penalty = len({kind.partition(":")[2] for kind in kinds}) == 1
+    for look, kind in enumerate(kinds):
         own = pick(rows, kind, a.steps)
         runs = {(row["base"], row["seed"]) for row in own}
-        label = kind.replace(":", ", ")
+        label = kind.partition(":")[0] if one_penalty else kind.replace(":", ", ")
         print(f"{label}: {len(runs)} runs, (base, seed) {sorted(runs)}")
         if not own:
             continue
@@ -89,7 +91,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = "delta:-0.2,delta:-1,grpo:-0.2,score:-0.2"
+    kinds = "delta:-0.2,line:-0.2,grpo:-0.2,score:-0.2"
     parser.add_argument("--kinds", default=kinds, help="advantage:penalty, ...")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--low", type=float, default=0.0, help="the lowest reward of the axis")

@@ -790,7 +790,9 @@ def test_the_tree_that_is_printed_is_one_that_steps_back() -> None:
     assert evolve.first_with_a_step_back({"chain": chain, "again": again, "back": back}) == "back"
     pairs, pairs_back = grown(0, 0, 2, 2, edits=2), grown(0, 0, 0, 0, edits=2)
     assert evolve.first_with_a_step_back({"chain": chain, "pairs": pairs, "back": pairs_back}) == "back"
-    assert evolve.first_with_a_step_back({"chain": chain, "again": again, "pairs": pairs}) == "chain"
+    older_twin = grown(0, 0, 1, 1, edits=2)  # both of a round are its newest
+    trees = {"chain": chain, "again": again, "pairs": pairs, "older twin": older_twin}
+    assert evolve.first_with_a_step_back(trees) == "chain"
 
 
 def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
