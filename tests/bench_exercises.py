@@ -63,11 +63,11 @@ EXERCISES = (
         '    if kind == "delta":\n        return reward - reward.mean()\n',
     ),
     Exercise(
-        "4: no penalty for an edit that cannot be used",
+        "4: no penalty for an invalid edit",
         "train.py",
         "train.py",
-        '        -0.2, "reward of an edit',
-        '        0.0, "reward of an edit',
+        '        -0.2, "reward of an invalid',
+        '        0.0, "reward of an invalid',
     ),
     Exercise("nothing changed, a chain and a noisy untrained editor", NOISY),
     Exercise(

@@ -87,7 +87,8 @@ def average(rows: Rows, value) -> list[Point]:
     return points
 
 
-if __name__ == "__main__":
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Of the command line, if none are given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,4 +97,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--low", type=float, default=0.0, help="the lowest reward of the axis")
     parser.add_argument("--high", type=float, default=0.25, help="the highest reward of the axis")
-    main(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(options())
