@@ -1008,7 +1008,8 @@ def own_problem(record: dict) -> Problem:
     """
     # More fields in a line of CSV than in its head: a comma in a text without quotes, and all after it shifted.
     if None in record:
-        raise data_error(record["where"], "as many fields as the head has", record[None])
+        wanted = "as many fields as the head has (a text with a comma in it needs quotes)"
+        raise data_error(record["where"], wanted, record[None])
     # A word misspelt would be a column of no meaning, and the problem another one: asked without its options, say.
     for key in record:
         meant = misspelt(key)
@@ -1743,7 +1744,8 @@ def read_records(rows: Iterable[dict], source: str, table: str) -> Iterator[dict
     better. Its other fields stay, but empty ones are left out. ValueError names the line.
     """
     for number, row in enumerate(rows, 1):
-        where = f"{source}, line {number}"
+        line = getattr(rows, "line_num", number)  # a CSV has a head, and texts of several lines
+        where = f"{source}, line {line}"
         try:
             record = read_record(row)
         except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:

@@ -796,6 +796,7 @@ class Contestant:
     test: list[list[float]] = field(default_factory=list)  # of the best node
     seed_test: list[list[float]] = field(default_factory=list)  # of the seed instructions
     answers: int = 0  # of the solver, while the trees grew
+    resumed: bool = False  # some of them were asked for by a run that was killed, and are not counted
 
 
 def contestants(task, solver, editor) -> list[Contestant]:
@@ -821,8 +822,8 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
 
     All rows see the same splits and batches, and all trees take all rounds, also after they are solved: so the counts
     of answers compare like with like. (A solved tree's best node stays the best, however long it grows.) Table and
-    report are saved after each row, trees after each round, so that --resume repeats no edit (it counts the answers
-    since then). The report shows the first domain under the last seed.
+    report are saved after each row, trees after each round, so that --resume repeats no edit (what a row had asked for
+    before is not known then, and its count is left out). The report shows the first domain under the last seed.
     """
     lines = [COLUMNS, "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)
@@ -836,7 +837,8 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
             trees = grow_and_test(task, domains, solver, row, own, out / "trees", name)
         # First over seeds, then over domains: the seeds of one domain are no independent domains.
         cells = [mean_cell(row.holdout), mean_cell(row.test), mean_cell(row.seed_test)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row.answers // s.seeds:,} |")
+        cells.append("–" if row.resumed else f"{row.answers // s.seeds:,}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
         save_text(out / "compare.md", "\n".join(lines) + "\n")
         shown[name] = trees[domains[0]]
@@ -852,6 +854,7 @@ def grow_and_test(
     before = solver.usage.answers
     # One folder per row and seed, so that a resumed table knows what it has.
     trees = restore_trees(own_folder, domains, stop=False)
+    row.resumed = row.resumed or bool(trees)
     if not trees:
         trees = seed_trees(task, domains, solver, s)
         seed_outcome(solver, trees, s)  # stops where none of the answers can be used
@@ -965,7 +968,7 @@ class Config(Settings):
         "lse", "lse, or a baseline in the same loop"
     )
     domains: str = option(
-        "", "domains by name, separated by commas, or how many of the test domains; empty: all"
+        "", "by name, separated by commas, or how many of those to test on, or all; empty: those to test on"
     )
     # The comparison, and the paper's own way of reporting.
     compare: bool = option(
@@ -1294,7 +1297,7 @@ def begin_with(task, instructions: str) -> None:
 
 
 def pick_domains(task, wanted: str) -> list[str]:
-    """All test domains, the first n of them, or those named, from any split. SystemExit names what there is not.
+    """All test domains, the first n of them, "all" of every split, or those named. SystemExit names what there is not.
 
     A name goes first: it may itself be a number, or hold a comma.
     """
@@ -1303,6 +1306,8 @@ def pick_domains(task, wanted: str) -> list[str]:
         names = [wanted]
     elif not wanted:
         names = task.domains("test")
+    elif wanted == "all":
+        names = known
     elif wanted.isdecimal():
         names = task.domains("test")
         if int(wanted) > len(names):
@@ -1459,8 +1464,8 @@ def plan(task, splits: dict[str, dict], solver, editor, s: Config, out: Path) ->
     left_out = len(task.domains("all")) - len(splits)
     if not s.domains and left_out:
         head += (
-            f"\n  {left_out} other domains are not the test's: they are there to train on, and "
-            "--domains NAME,... takes any"
+            f"\n  {left_out} of the task's {left_out + len(splits)} domains are left out, kept to train on: "
+            "--domains all takes them, too"
         )
     calls = (answers, edits)
     return head + "\n  " + plan_lines(task, (solver, editor), calls, problems, s, out, size)
@@ -1707,6 +1712,10 @@ def main(s: Config) -> None:
     open_run(s, out, free=["rounds", "out", "dry_run"], look=s.dry_run)
     # The plan has been printed, and everything that can be checked without a model is checked.
     if s.dry_run:
+        first = splits[domains[0]]["pool"][0]
+        print("What the solver would be asked, for one:")
+        for message in task.solve_chat(task.seed_instructions, first):
+            print(f"[{message['role']}] {printable(shorten(message['content'], 2000))}")
         print("A dry run: no model was asked, nothing was written.")
         return
     # The test is one look. A second one would be another number, and the better of two is no longer honest.
@@ -1782,6 +1791,10 @@ def finish(
     results["domains"] = domain_facts(task, trees, tests, solver, s)
     results |= account(trees, solver, editor, checks)
     save_text(out / "results.json", json.dumps(results, indent=1))
+    # what a user came for, ready to be pasted
+    (out / "instructions").mkdir(exist_ok=True)
+    for domain, instructions in results["instructions"].items():
+        save_text(out / "instructions" / f"{tree_name(domain)}.txt", instructions + "\n")
     # The report shows twenty trees at most; all of them are in trees/.
     shown = dict(list(trees.items())[:20])
     notes = {domain: facts_text({domain: results["domains"][domain]}) for domain in shown}
@@ -1813,7 +1826,7 @@ def finish(
         print(EXPECT)
     print(facts_text(results["domains"]))
     print(account_text(results, s))
-    print(f"Saved in {out}: trees/, results.json, report.html.")
+    print(f"Saved in {out}: instructions/, trees/, results.json, report.html.")
 
 
 def account(trees: dict[str, EvolutionTree], solver, editor, checks: dict[str, Check]) -> dict:

@@ -66,7 +66,11 @@ def test_domains_that_are_left_out_are_named(tmp_path) -> None:
     (tmp_path / "own.jsonl").write_text(problems(5))
     with serve(reply) as server:
         code, said = run(tmp_path, server.url, "--dry-run")
-    assert code == 0 and "4 other domains are not the test's" in said, said
+    assert code == 0 and "4 of the task's 5 domains are left out, kept to train on: --domains all" in said, said
+    assert "What the solver would be asked, for one:\n[user] " in said and "tags, as in <answer>" in said
+    with serve(reply) as server:
+        code, said = run(tmp_path, server.url, "--dry-run", "--domains", "all")
+    assert code == 0 and "Plan: 5 trees of" in said and "left out" not in said, said
     code, said = run(tmp_path, "http://localhost:1/v1", "--dry-run", "--domains", "5")
     assert code != 0 and "has 1 test domains" in said and "d0, d1" in said
 

@@ -395,7 +395,7 @@ def test_a_broken_file_is_named_with_line_and_value(tmp_path: Path, content: byt
 
 def test_a_broken_csv_row_is_named(tmp_path: Path):
     (tmp_path / "law.csv").write_text("question;choices;answer\nQ;['a', 'b'];0\nQ;['a' b'];0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"law.csv, line 2: expected question, answer and any list of choices"):
+    with pytest.raises(ValueError, match=r"law.csv, line 3: expected question, answer and any list of choices"):
         choice(tmp_path)
 
 

@@ -863,6 +863,10 @@ def test_compare_goes_on_where_it_was_killed(checkpoints: Path, tmp_path: Path, 
     means = [[row.rpartition(" | ")[0] for row in Path(run, "compare.md").read_text().splitlines()]
              for run in ("whole", "cut")]
     assert means[0] == means[1] and len(sampled) == 8 * 2 * TINY["rounds"] - 5
+    rows = Path("cut/compare.md").read_text().splitlines()[2:]
+    counts = [row.rstrip("| ").rpartition(" | ")[2] for row in rows]
+    known = [count != "–" for count in counts]
+    assert known[0] is False and known[-1] is True and known == sorted(known), counts  # those from before the kill
     capsys.readouterr()
 
 
@@ -1017,7 +1021,9 @@ def test_with_a_good_editor_scores_rise(bird: Path, scene, tmp_path: Path, more:
     assert all(f'id="t{i}-{n}"' in page for i in (0, 1) for n in range(5))
     assert "shop (* leads to the best node, visits: how often it was selected)" in output
     assert results["instructions"]["zoo"] in output
-    assert RULES[0] in output.split("Best instructions:")[1] and f"Saved in run: {'trees/'}" in output
+    assert RULES[0] in output.split("Best instructions:")[1] and "Saved in run: instructions/" in output
+    for domain, instructions in results["instructions"].items():
+        assert (tmp_path / "run" / "instructions" / f"{domain}.txt").read_text() == instructions + "\n"
 
 
 def test_a_fresh_clone_evolves_the_miniature_with_the_shipped_models(tmp_path: Path) -> None:
@@ -1029,7 +1035,7 @@ def test_a_fresh_clone_evolves_the_miniature_with_the_shipped_models(tmp_path: P
     assert f"Cost of the editor: {sum(rounds)} answers" in output and len(rounds) == 4 and max(rounds) <= 10
     assert "it was selected)\n*" in output and "Best instructions:\n" in output
     assert "Holdout (optimistic" in output and "Test (never touched" in output
-    assert output.rstrip().endswith("Saved in runs/mini-evolve: trees/, results.json, report.html.")
+    assert output.rstrip().endswith("Saved in runs/mini-evolve: instructions/, trees/, results.json, report.html.")
 
 
 @pytest.mark.parametrize("search", ["ucb", "best", "chain"])
@@ -1092,7 +1098,9 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(bird: Path, scene, tmp_path: 
     assert "problems: 8 pool, 6 holdout, 6 test" in output
     assert planned(output, "editor")[0] == "4" and planned(output, "editor")[3:] == ["elsewhere", "good-editor"]
     assert planned(output, "solver")[0] == str(6 + 4 * (3 + 6) + 2 * 6) and planned(output, "solver")[-1] == "solver"
-    assert len(output.splitlines()) == 6
+    head, _, chat = output.partition("What the solver would be asked, for one:\n")
+    assert len(head.splitlines()) == 5 and "CREATE TABLE" in chat
+    assert chat.splitlines()[-1] == "A dry run: no model was asked, nothing was written."
     code, output = cli.run(["--task", "bird", "--data", bird, "--solver", scene.url, "--editor", scene.url,
                             "--paper-protocol", "--holdout", 6, "--dry-run", "--domains", "1"], tmp_path)
     assert code == 0 and "14 pool, 6 holdout, 0 test" in output and "of 25 rounds" in output
