@@ -829,6 +829,7 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     print("\n".join(lines), flush=True)
     shown: dict[str, EvolutionTree] = {}
     title = f"{s.task}: {domains[0]}, seed {s.seed + s.seeds - 1}"
+    notes = []
     # A row is finished before the next begins, and saved: a table that is cut off is still a table.
     for row in contestants(task, solver, editor):
         name = f"{row.label} | {row.method} ({search_rule(task, row.method, row.search)})"
@@ -840,10 +841,14 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
         cells.append("–" if row.resumed else f"{row.answers // s.seeds:,}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-        save_text(out / "compare.md", "\n".join(lines) + "\n")
+        # A method whose form an editor does not know looks like a bad one: say so.
+        edits = [node for tree in trees.values() for node in tree.nodes[1:]]
+        if edits and not any(node.score is not None for node in edits):
+            notes.append(f"\n{name}: all edits were rejected, the last one for: {printable(edits[-1].note)}.")
+        save_text(out / "compare.md", "\n".join(lines + notes) + "\n")
         shown[name] = trees[domains[0]]
         write_report(out / "report.html", shown, title)
-    print(f"Saved in {out}: compare.md, report.html.")
+    print("".join(f"{note}\n" for note in notes) + f"Saved in {out}: compare.md, report.html.")
 
 
 def grow_and_test(

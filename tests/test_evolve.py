@@ -795,12 +795,19 @@ def test_the_tree_that_is_printed_is_one_that_steps_back() -> None:
     assert evolve.first_with_a_step_back(trees) == "chain"
 
 
+def table_rows(run: Path) -> list[str]:
+    """The table of compare.md, without its head and the notes below it."""
+    lines = (run / "compare.md").read_text().splitlines()[2:]
+    return [line for line in lines if line.startswith("| ")]
+
+
 def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     s = Config(solver=str(checkpoints / "narrow"), editor=str(checkpoints / "wide"), out="run", compare=True, seeds=2,
                **TINY)
     evolve.main(s)
-    head, rule, *rows = Path("run/compare.md").read_text().splitlines()
+    head, rule = Path("run/compare.md").read_text().splitlines()[:2]
+    rows = table_rows(Path("run"))
     assert head.count("|") == rule.count("|") == 7 and rule == "|---|---|---|---|---|---|"
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[:2] for row in cells] == [[editor, method] for editor in ("untrained", "trained") for method in (
@@ -812,11 +819,14 @@ def test_compare_has_all_rows(checkpoints: Path, tmp_path: Path, monkeypatch, ca
         assert int(row[5]) >= 4 + 8  # two domains: the seed on the holdout, two batches
     assert Path("run/report.html").read_text().count("<h2") == 8
     evolve.main(replace(s, test=0, seeds=1, out="paper"))
-    assert all(" | – | – | " in row for row in Path("paper/compare.md").read_text().splitlines()[2:])
+    assert all(" | – | – | " in row for row in table_rows(Path("paper")))
     evolve.main(replace(s, editor=s.solver, test=0, seeds=1, rounds=1, out="itself"))  # one model in both roles
-    rows = Path("itself/compare.md").read_text().splitlines()[2:]
+    rows = table_rows(Path("itself"))
     assert [row.split(" | ")[0] for row in rows] == ["| untrained"] * 4
     assert "Plan: 8 trees of 1 round on 2 domains" in capsys.readouterr().out
+
+
+TAGS = ("prompt", "prompt", "prompt", "prompt", "IMPROVED_VARIABLE", "lesson")  # of the methods, as compared
 
 
 def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -827,14 +837,21 @@ def test_the_numbers_of_compare(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(evolve, "seed_trees", lambda *args: seeds.append(args[-1].seed) or real(*args))
     s = Config(**asdict(settings(rounds=2, seed=5)), seeds=2)
     evolve.compare(Toy(a=20, b=20), ["a", "b"], Scribe(skilled), always, s, tmp_path)
-    rows = (tmp_path / "compare.md").read_text().splitlines()[2:]
+    rows = table_rows(tmp_path)
     nothing, everything = (f"| {x:.3f} ± 0.000 | {x:.3f} ± 0.000 | 0.000 ± 0.000" for x in (0, 1))
     methods = ["lse (chain)", "lse (best)", "lse (ucb)", "gepa (pareto)", "textgrad (chain)", "reflexion (chain)"]
     once = 2 * (6 + 2 * 3)  # two domains: the seed's score, two batches
     calls = {"gepa (pareto)": 2 * (3 + 6)}  # better at once, through its gate; then all is right, and no edit asked for
     assert rows == [f"| untrained | {method} {nothing} | {once} |" for method in methods] + [
         f"| trained | {method} {everything} | {once + calls.get(method, 2 * 2 * 6)} |" for method in methods]
-    assert seeds == [5, 6] * 12 and capsys.readouterr().out.splitlines()[2:-1] == rows
+    printed = capsys.readouterr().out.splitlines()[2:-1]
+    assert seeds == [5, 6] * 12 and printed[: len(rows)] == rows
+    # The untrained one has written no edit in any form, which the table alone would not show.
+    notes = [line for line in printed[len(rows) :] if line]
+    assert notes == [line for line in (tmp_path / "compare.md").read_text().splitlines() if "rejected" in line]
+    rejected = "all edits were rejected, the last one for: nothing usable in <"
+    assert [note.partition(">")[0] for note in notes] == [
+        f"untrained | {method}: {rejected}{tag}" for method, tag in zip(methods, TAGS)]
 
 
 def test_compare_goes_on_where_it_was_killed(checkpoints: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -860,10 +877,9 @@ def test_compare_goes_on_where_it_was_killed(checkpoints: Path, tmp_path: Path, 
     evolve.main(replace(s, out="cut", resume=True))
     whole, cut = (sorted(Path(run).rglob("trees/**/*.json")) for run in ("whole", "cut"))
     assert len(whole) == len(cut) >= 16 and [a.read_bytes() for a in whole] == [b.read_bytes() for b in cut]
-    means = [[row.rpartition(" | ")[0] for row in Path(run, "compare.md").read_text().splitlines()]
-             for run in ("whole", "cut")]
+    means = [[row.rpartition(" | ")[0] for row in table_rows(Path(run))] for run in ("whole", "cut")]
     assert means[0] == means[1] and len(sampled) == 8 * 2 * TINY["rounds"] - 5
-    rows = Path("cut/compare.md").read_text().splitlines()[2:]
+    rows = table_rows(Path("cut"))
     counts = [row.rstrip("| ").rpartition(" | ")[2] for row in rows]
     known = [count != "–" for count in counts]
     assert known[0] is False and known[-1] is True and known == sorted(known), counts  # those from before the kill
