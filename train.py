@@ -151,9 +151,9 @@ def train_step(
     scored = time.time()
     before = torch.tensor([each.state.score for each in everyone])  # (N,)
     after = torch.tensor([each.after for each in everyone])  # (N, G)
-    of_all = advantages(s.advantage, after, before, ~after.isnan(), s.invalid_reward)  # (N, G)
+    all_advantages = advantages(s.advantage, after, before, ~after.isnan(), s.invalid_reward)  # (N, G)
     # Gathered process by process: the chunk of this rank belongs to this process's groups.
-    of_mine = of_all.chunk(processes)[rank]  # (N / processes, G)
+    my_advantages = all_advantages.chunk(processes)[rank]  # (N / processes, G)
 
     # 6. Loss and step. The log-probs of the edits are computed again, differentiably, a few groups at a time: their
     # gradients add up to that of the mean over the tokens of the whole batch.
@@ -167,11 +167,11 @@ def train_step(
     # Gradient checkpointing needs train mode. Otherwise eval mode: what sampled had no dropout, either.
     editor.model.train(s.gradient_checkpointing)
     negative_logprobs = 0.0
-    for batch, of_batch in micro_batches(groups, of_mine, s.micro_batch):
+    for batch, batch_advantages in micro_batches(groups, my_advantages, s.micro_batch):
         # Scored are the very ids that were sampled: text that is decoded and encoded again may become other tokens.
         logps = sum(editor.group_logprobs(batch), [])  # one tensor (T,) per edit
         # `backward` adds to the gradients that are there, and frees the activations of this micro-batch.
-        policy_loss(logps, of_batch.flatten(), n_tokens).backward()
+        policy_loss(logps, batch_advantages.flatten(), n_tokens).backward()
         negative_logprobs -= sum(float(logp.detach().sum()) for logp in logps)
     if processes > 1:
         # The sum, where data-parallel training usually takes the mean: each process has divided by everyone's tokens
@@ -182,7 +182,7 @@ def train_step(
 
     line = {"step": step, "tokens": n_tokens, "lr": lr, "grad_norm": norm}
     line["skipped"] = not math.isfinite(norm)
-    line["spread"] = float(of_all.max() - of_all.min())  # 0: no edit was better than another
+    line["spread"] = float(all_advantages.max() - all_advantages.min())  # 0: no edit was better than another
     # How unsure the editor is. It falls as edits become alike (in the miniature from 0.88 to 0.30); at 0 all G edits
     # are the same, and there is nothing left to choose from.
     # E[−log p] = H, in nats per token.
