@@ -833,16 +833,18 @@ def compare(task, domains: list[str], solver, editor, s: Config, out: Path) -> N
     # A row is finished before the next begins, and saved: a table that is cut off is still a table.
     for row in contestants(task, solver, editor):
         name = f"{row.label} | {row.method} ({search_rule(task, row.method, row.search)})"
+        edits: list[Node] = []  # of all seeds
         for seed in range(s.seed, s.seed + s.seeds):
             own = replace(s, seed=seed)
             trees = grow_and_test(task, domains, solver, row, own, out / "trees", name)
+            for tree in trees.values():
+                edits += tree.nodes[1:]
         # First over seeds, then over domains: the seeds of one domain are no independent domains.
         cells = [mean_cell(row.holdout), mean_cell(row.test), mean_cell(row.seed_test)]
         cells.append("–" if row.resumed else f"{row.answers // s.seeds:,}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
         # A method whose form an editor does not know looks like a bad one: say so.
-        edits = [node for tree in trees.values() for node in tree.nodes[1:]]
         if edits and not any(node.score is not None for node in edits):
             notes.append(f"\n{name}: all edits were rejected, the last one for: {printable(edits[-1].note)}.")
         save_text(out / "compare.md", "\n".join(lines + notes) + "\n")
